@@ -1,0 +1,119 @@
+"""`Estimate`: the answer, as data. Renderers show it and compute nothing."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from hfvram.memory.timeline import Category, Certainty
+from hfvram.request import Request
+
+Method = Literal["formula", "simulate", "guide"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """Headline facts of a model; a figure that does not apply is None."""
+
+    id: str
+    commit: str | None
+    source: str
+    architecture: str
+    model_type: str
+    parameters: int
+    active_parameters: int
+    trainable_parameters: int
+    parameters_from: str
+    dtype: str
+    layers: int
+    hidden_size: int
+    attention_heads: int | None
+    kv_heads: int | None
+    head_dim: int | None
+    experts: int | None
+    experts_per_token: int | None
+    state_size: int | None
+    layer_kinds: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """Bytes that are live at the peak, under one name. `formula` is in words with its numbers, `source` where it is from."""
+
+    name: str
+    category: Category
+    bytes: int
+    formula: str
+    source: str
+    certainty: Certainty
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """Where `device_bytes` probably lies: the errors of the measured cases most like this one, applied to it."""
+
+    low_bytes: int
+    high_bytes: int
+    basis: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuleOfThumb:
+    bytes: int
+    formula: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """A change of the request with which it fits, and what it would then take on each GPU."""
+
+    change: str
+    device_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    gpu: str
+    capacity_bytes: int
+    fits: bool
+    headroom_bytes: int
+    max_ctx: int | None
+    max_batch: int | None
+    ways: tuple[Way, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """What a request takes on one GPU. `items` stand at the peak and add up to `peak_allocated_bytes` exactly."""
+
+    model: ModelFacts
+    request: Request
+    method: Method
+    versions: dict[str, str]
+    items: tuple[Item, ...]
+    peak_phase: str
+    weights_bytes: int
+    cache_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    activations_bytes: int
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    device_bytes: int
+    interval: Interval
+    guide: RuleOfThumb
+    serving: None = None
+    fit: Fit | None = None
+    components: tuple[tuple[str, "Estimate"], ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of the answer: whole bytes, the unit in the name."""
+        out = asdict(self)
+        out["request"] = self.request.to_dict()
+        out["components"] = [{"name": n, **e.to_dict()} for n, e in self.components]
+        out["error"] = None
+        return out
+
+
+def error_dict(kind: str, message: str) -> dict[str, Any]:
+    """The JSON object of a failure."""
+    return {"model": None, "request": None, "items": [], "warnings": [], "error": {"kind": kind, "message": message}}

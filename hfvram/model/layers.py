@@ -1,0 +1,254 @@
+"""What a layer is made of. Each kind of mixer and of feed-forward is one small frozen dataclass: its sizes, its parameters.
+
+A new kind of layer is a dataclass here, a line where its family is read (`families/`), and its memory in
+`memory/`. Sizes are in elements, tokens or heads; bytes belong to `memory/`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar, Literal
+
+ParamKind = Literal["linear", "experts", "embedding", "head", "norm", "bias", "conv", "other", "buffer"]
+Activation = str  # transformers' ACT2FN names: "silu", "gelu", "gelu_new", "relu2", …
+
+
+@dataclass(frozen=True, slots=True)
+class Param:
+    """One tensor of a built model: transformers' name for it, its shape in elements, and what it is.
+
+    `kind` decides what happens to it: only `linear` is quantized by bitsandbytes, `buffer` is not counted as a
+    parameter, `experts` are the fused tensors of a mixture of experts. `dtype` is None for the model's own.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: ParamKind = "linear"
+    dtype: str | None = None
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+
+def linear(name: str, inputs: int, outputs: int, bias: bool = False, kind: ParamKind = "linear") -> tuple[Param, ...]:
+    """`nn.Linear`: a weight (outputs, inputs) and, with `bias`, a bias (outputs)."""
+    weight = Param(f"{name}.weight", (outputs, inputs), kind)
+    return (weight, Param(f"{name}.bias", (outputs,), "bias")) if bias else (weight,)
+
+
+def norm(name: str, size: int, bias: bool = False) -> tuple[Param, ...]:
+    """RMSNorm (weight alone) or LayerNorm (weight and bias)."""
+    weight = Param(f"{name}.weight", (size,), "norm")
+    return (weight, Param(f"{name}.bias", (size,), "norm")) if bias else (weight,)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rotary:
+    """Rotary position embedding over the first `dim` of each head: `half` rotates halves (Llama), `interleaved`
+    rotates neighbours (GPT-J), `complex` multiplies complex numbers (DeepSeek, Llama-4)."""
+
+    dim: int
+    style: Literal["half", "interleaved", "complex"] = "half"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attention:
+    """Softmax attention with a cache of keys and values: full, sliding-window, chunked or cross attention."""
+
+    kind: Literal["full_attention", "sliding_attention", "chunked_attention", "cross_attention"] = "full_attention"
+    hidden_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    """Head size of the values; differs from `head_dim` in a few models."""
+    window: int | None = None
+    """Tokens that a query sees, itself included (sliding), or the chunk's length (chunked)."""
+    causal: bool = True
+    rotary: Rotary | None = None
+    qk_norm: Literal["head", "full"] | None = None
+    """Normalization of queries and keys, over each head or over all heads together."""
+    fused_qkv: bool = False
+    """One projection for queries, keys and values, split after it."""
+    implementations: tuple[str, ...] = ("sdpa", "flash_attention_2", "eager")
+    """What the model's code can run, the first being what it falls back to."""
+    position_bias: bool = False
+    """A bias of shape (heads, s, s) is added to the scores: ALiBi, T5's buckets."""
+    softcap: bool = False
+    output_gate: bool = False
+    """The queries' projection is doubled: its second half gates the output (Qwen3-Next)."""
+    sinks: bool = False
+    cached: bool = True
+    """False for encoders, and for layers that read another layer's cache (`num_kv_shared_layers`)."""
+    params: tuple[Param, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentAttention:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values come from one vector a token."""
+
+    kind: ClassVar[str] = "latent_attention"
+    hidden_size: int
+    heads: int
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    rotary_style: Literal["half", "interleaved", "complex"] = "complex"
+    index_heads: int = 0
+    index_head_dim: int = 0
+    """Sizes of the sparse attention's indexer (DeepSeek-V3.2), 0 where there is none."""
+    params: tuple[Param, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mamba1:
+    """Selective state space of Mamba (arXiv 2312.00752): state d_inner × d_state, convolution d_inner × d_conv."""
+
+    kind: ClassVar[str] = "mamba"
+    hidden_size: int
+    d_inner: int
+    d_state: int
+    d_conv: int
+    dt_rank: int
+    inner_norms: bool = False
+    """Δ, B and C are normalized before the scan (Jamba, Falcon-Mamba)."""
+    params: tuple[Param, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mamba2:
+    """State space duality of Mamba-2 (arXiv 2405.21060): `heads` × `head_dim` × `d_state`."""
+
+    kind: ClassVar[str] = "mamba2"
+    hidden_size: int
+    heads: int
+    head_dim: int
+    d_state: int
+    groups: int
+    d_conv: int
+    chunk_size: int
+    gated_norm: bool = True
+    """A gated RMSNorm follows the scan (absent in Falcon-H1 by default)."""
+    params: tuple[Param, ...]
+
+    @property
+    def d_inner(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def conv_dim(self) -> int:
+        return self.d_inner + 2 * self.groups * self.d_state
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatedDeltaNet:
+    """Gated delta rule (arXiv 2412.06464), as in Qwen3-Next: state value_heads × key_dim × value_dim."""
+
+    kind: ClassVar[str] = "gated_delta_net"
+    hidden_size: int
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    d_conv: int
+    params: tuple[Param, ...]
+
+    @property
+    def conv_dim(self) -> int:
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RGLRU:
+    """Real-gated linear recurrent unit of Griffin (arXiv 2402.19427): a state of `width`, a short convolution."""
+
+    kind: ClassVar[str] = "rg_lru"
+    hidden_size: int
+    width: int
+    heads: int
+    d_conv: int
+    params: tuple[Param, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LightningAttention:
+    """Linear attention with decay (MiniMax-01, arXiv 2501.08313): state heads × head_dim × head_dim."""
+
+    kind: ClassVar[str] = "linear_attention"
+    hidden_size: int
+    heads: int
+    head_dim: int
+    params: tuple[Param, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShortConv:
+    """Gated short convolution of LFM2: a state of hidden_size × d_conv."""
+
+    kind: ClassVar[str] = "short_conv"
+    hidden_size: int
+    d_conv: int
+    params: tuple[Param, ...]
+
+
+Mixer = Attention | LatentAttention | Mamba1 | Mamba2 | GatedDeltaNet | RGLRU | LightningAttention | ShortConv
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeedForward:
+    """Dense feed-forward: down(act(gate(x)) · up(x)) where gated, else down(act(up(x)))."""
+
+    kind: ClassVar[str] = "dense"
+    hidden_size: int
+    intermediate_size: int
+    gated: bool
+    activation: Activation
+    fused_gate_up: bool = False
+    """Gate and up are one projection, split after it (Phi-3)."""
+    params: tuple[Param, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixtureOfExperts:
+    """Routed experts, `top_k` of `experts` for each token, and shared ones that every token passes."""
+
+    kind: ClassVar[str] = "moe"
+    hidden_size: int
+    experts: int
+    top_k: int
+    intermediate_size: int
+    """Width of one routed expert."""
+    shared_intermediate_size: int = 0
+    """Width of all shared experts together, 0 where there are none."""
+    gated: bool = True
+    activation: Activation = "silu"
+    router_fp32: bool = False
+    fused: bool = True
+    """The experts of a layer are two 3-D tensors, run by a grouped matmul; else a list of modules."""
+    params: tuple[Param, ...]
+    """Router, shared experts and the fused tensors of kind `experts`, whose first dimension is the experts'."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """One block of a stack, in the order in which data passes it."""
+
+    mixers: tuple[Mixer, ...] = ()
+    """One as a rule; self and cross attention in a decoder with an encoder; attention and Mamba side by side (Falcon-H1)."""
+    feed_forward: FeedForward | MixtureOfExperts | None = None
+    norm: Literal["rms", "layer"] = "rms"
+    norm_position: Literal["pre", "post", "both"] = "pre"
+    parallel: bool = False
+    """Attention and feed-forward read the same input and are added together (GPT-J, Phi, Falcon)."""
+    params: tuple[Param, ...] = ()
+    """Norms and whatever else belongs to no part of it."""
+
+    def all_params(self) -> Iterator[Param]:
+        for mixer in self.mixers:
+            yield from mixer.params
+        if self.feed_forward:
+            yield from self.feed_forward.params
+        yield from self.params

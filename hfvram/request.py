@@ -1,0 +1,140 @@
+"""`Request`: what somebody wants to do with a model, under the same names as command-line option, keyword and JSON key."""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from typing import Any, get_args, get_type_hints
+
+from hfvram.errors import HfvramError, printable
+from hfvram.units import parse_tokens
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "mode": ("inference", "train", "lora", "qlora"),
+    "phase": ("generate", "prefill", "encode"),
+    "dtype": ("auto", "fp32", "bf16", "fp16"),
+    "quant": ("auto", "none", "nf4", "fp4", "int8", "fp8", "mxfp4", "gptq-4", "awq-4"),
+    "kv_dtype": ("auto", "fp16", "bf16", "fp8", "int8", "int4"),
+    "cache": ("dynamic", "static", "offloaded", "quantized", "paged"),
+    "attention": ("sdpa", "flash_attention_2", "eager"),
+    "kernels": ("fused", "fallback"),
+    "mixed_precision": ("no", "bf16", "fp16"),
+    "adapter_dtype": ("fp32", "bf16", "fp16"),
+    "fsdp": ("full_shard", "shard_grad_op", "hybrid_shard"),
+    "engine": ("transformers", "vllm", "sglang", "llama.cpp"),
+    "method": ("auto", "formula", "simulate", "guide"),
+}
+"""Values of each option that takes one of a few words; the first is the default, unless None is."""
+
+OFFLOADS = ("optimizer", "params", "activations", "experts", "layers")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One question about one model. None stands for "work it out from the model" (`ctx`, `phase`) or "none"."""
+
+    mode: str = "inference"
+    ctx: int | None = None
+    batch: int = 1
+    new_tokens: int | None = None
+    phase: str | None = None
+    padding: bool = False
+    dtype: str = "auto"
+    quant: str = "auto"
+    double_quant: bool = True
+    kv_dtype: str = "auto"
+    cache: str = "dynamic"
+    attention: str = "sdpa"
+    kernels: str = "fused"
+    optimizer: str = "adamw_torch_fused"
+    mixed_precision: str = "no"
+    gradient_checkpointing: bool = False
+    grad_accum: int = 1
+    lora_r: int = 16
+    lora_targets: str | tuple[str, ...] = "all-linear"
+    lora_dropout: float = 0.0
+    adapter_dtype: str = "fp32"
+    gpus: int | None = None
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    cp: int = 1
+    sp: bool = False
+    zero: int | None = None
+    fsdp: str | None = None
+    offload: tuple[str, ...] = ()
+    engine: str = "transformers"
+    gpu: str | None = None
+    max_ctx: bool = False
+    max_batch: bool = False
+    recommend: bool = False
+    method: str = "auto"
+    allow_unknown: bool = False
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices and not (value is None and _DEFAULTS.get(name) is None):
+                raise HfvramError("usage", f"{_flag(name)} {printable(str(value), 40)} is not one of {', '.join(choices)}")
+        for name in ("ctx", "batch", "new_tokens", "grad_accum", "lora_r", "gpus", "tp", "pp", "ep", "cp"):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= 10**9:
+                raise HfvramError("usage", f"{_flag(name)} {value} is out of range: a whole number from 1 to 10^9")
+        if self.ctx is not None and self.new_tokens is not None and self.new_tokens > self.ctx:
+            raise HfvramError("usage", f"--new-tokens {self.new_tokens} does not fit in --ctx {self.ctx}")
+        for what in self.offload:
+            if what not in OFFLOADS:
+                raise HfvramError("usage", f"--offload {printable(what, 40)} is not one of {', '.join(OFFLOADS)}")
+        if not 0 <= self.lora_dropout < 1:
+            raise HfvramError("usage", f"--lora-dropout {self.lora_dropout} is not in 0 ≤ p < 1")
+        if self.zero is not None and self.zero not in (0, 1, 2, 3):
+            raise HfvramError("usage", f"--zero {self.zero} is not one of 0, 1, 2, 3")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Request":
+        """A request from JSON or keywords. Numbers may be strings (`"8k"`); an unknown name or a wrong type is `usage`."""
+        known = {}
+        for name, value in values.items():
+            if name not in _TYPES:
+                raise HfvramError("usage", f"unknown option {printable(name, 40)!r}: valid are {', '.join(sorted(_TYPES))}")
+            known[name] = _converted(name, value)
+        return cls(**known)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every option, as JSON has it: `from_dict` of it is the same request."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    def with_(self, **changes: Any) -> "Request":
+        return replace(self, **changes)
+
+
+_DEFAULTS = {f.name: None if f.default is MISSING else f.default for f in fields(Request)}
+_TYPES: dict[str, tuple[type, ...]] = {k: get_args(t) or (t,) for k, t in get_type_hints(Request).items()}
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _converted(name: str, value: Any) -> Any:
+    types = _TYPES[name]
+    if value is None and (type(None) in types or _DEFAULTS[name] is None):
+        return None
+    if isinstance(_DEFAULTS[name], tuple) or name == "lora_targets":
+        if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
+            return tuple(value)
+        if isinstance(value, str):
+            return value if name == "lora_targets" and "," not in value else tuple(v for v in value.split(",") if v)
+    elif bool in types:
+        if isinstance(value, bool):
+            return value
+    elif int in types:
+        number = parse_tokens(value) if isinstance(value, str) else value
+        if isinstance(number, int) and not isinstance(number, bool):
+            return number
+    elif float in types:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+    elif isinstance(value, str):
+        return value
+    want = "true or false" if bool in types else "a whole number" if int in types else "a number" if float in types else "text"
+    raise HfvramError("usage", f"{_flag(name)} {printable(repr(value), 60)} is not {want}")
