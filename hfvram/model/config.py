@@ -1,0 +1,103 @@
+"""A configuration read with suspicion: sizes are whole numbers within reason, or the file is `bad_config`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from hfvram.errors import HfvramError, printable
+
+MAX_SIZE = 1 << 24
+"""No width, vocabulary or head count of a real model comes near this."""
+MAX_LAYERS = 4096
+T = TypeVar("T")
+
+
+class Config:
+    """Typed access to a `config.json` by key or alias. A key that is absent or null gives the default."""
+
+    __slots__ = ("values",)
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.values = values
+
+    @property
+    def model_type(self) -> str:
+        return self.text("model_type", default="")
+
+    def get(self, *names: str) -> Any:
+        """The first of these keys that has a value, or None."""
+        for name in names:
+            if (value := self.values.get(name)) is not None:
+                return value
+        return None
+
+    def size(self, *names: str, default: int | None = None, low: int = 1, high: int = MAX_SIZE) -> int:
+        """A whole number between `low` and `high`; without a default its absence is an error, too."""
+        value = self.get(*names)
+        if value is None:
+            if default is None:
+                raise HfvramError("bad_config", f"config.json has no {names[0]}: the model's sizes can't be known without it")
+            return default
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise HfvramError("bad_config", f"config.json: {names[0]} is {printable(repr(value), 40)}, not a whole number")
+        if not low <= value <= high:
+            raise HfvramError("bad_config", f"config.json: {names[0]} is {printable(str(value), 40)}, not between {low} and {high}")
+        return value
+
+    def layers(self, *names: str, default: int | None = None) -> int:
+        return self.size(*names, default=default, low=0, high=MAX_LAYERS)
+
+    def number(self, *names: str, default: float) -> float:
+        value = self.get(*names)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise HfvramError("bad_config", f"config.json: {names[0]} is {printable(repr(value), 40)}, not a number")
+        return float(value)
+
+    def flag(self, *names: str, default: bool = False) -> bool:
+        value = self.get(*names)
+        if value is None:
+            return default
+        if not isinstance(value, (bool, int)):
+            raise HfvramError("bad_config", f"config.json: {names[0]} is {printable(repr(value), 40)}, not true or false")
+        return bool(value)
+
+    def text(self, *names: str, default: str) -> str:
+        value = self.get(*names)
+        if value is None:
+            return default
+        if not isinstance(value, str):
+            raise HfvramError("bad_config", f"config.json: {names[0]} is {printable(repr(value), 40)}, not text")
+        return value
+
+    def items(self, *names: str) -> list[Any] | None:
+        """A list, of at most as many entries as there can be layers; None where there is none."""
+        value = self.get(*names)
+        if value is None:
+            return None
+        if not isinstance(value, Sequence) or isinstance(value, str) or len(value) > MAX_LAYERS:
+            raise HfvramError("bad_config", f"config.json: {names[0]} is not a list of at most {MAX_LAYERS} entries")
+        return list(value)
+
+    def strings(self, *names: str) -> list[str] | None:
+        value = self.items(*names)
+        if value is not None and not all(isinstance(v, str) for v in value):
+            raise HfvramError("bad_config", f"config.json: {names[0]} is not a list of words")
+        return value
+
+    def section(self, *names: str) -> "Config | None":
+        """A nested object, None where there is none."""
+        value = self.get(*names)
+        if value is None:
+            return None
+        if not isinstance(value, Mapping):
+            raise HfvramError("bad_config", f"config.json: {names[0]} is not an object")
+        return Config(value)
+
+    def divided(self, name: str, size: int, parts: int) -> int:
+        """size ÷ parts, which must come out whole (a head size, as a rule)."""
+        if size % parts:
+            raise HfvramError("bad_config", f"config.json: {name} {size} can't be divided by {parts}")
+        return size // parts

@@ -1,0 +1,28 @@
+"""Readers of configurations: model type → the function that knows the family's code.
+
+A reader takes the configuration and the class that is built (the first of `architectures`, or the family's causal or
+base class) and returns the `Architecture` whose parameters are exactly those of that class in transformers.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+
+from hfvram.model.architecture import Architecture
+from hfvram.model.config import Config
+
+Reader = Callable[[Config, str | None], Architecture]
+
+MODULES: dict[str, tuple[str, ...]] = {
+    "llama": ("llama", "mistral", "qwen2", "qwen3"),
+}
+"""Module of this package → the model types that it reads, each by its function `read`."""
+
+_MODULE_OF = {model_type: module for module, types in MODULES.items() for model_type in types}
+
+
+def reader(model_type: str) -> Reader | None:
+    """The function that reads configurations of this type, None where no closed form is known."""
+    if (module := _MODULE_OF.get(model_type)) is None:
+        return None
+    read: Reader = import_module(f"{__name__}.{module}").read
+    return read

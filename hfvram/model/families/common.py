@@ -1,0 +1,94 @@
+"""What several families share: classes and heads, windows of layers, dtypes."""
+
+from hfvram.errors import HfvramError, printable
+from hfvram.model.config import Config
+from hfvram.model.layers import Param, Rotary, linear
+
+DTYPES = {
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "half": "fp16",
+    "float32": "fp32",
+    "float": "fp32",
+    "float64": "fp32",
+}
+
+
+def dtype_of(config: Config) -> str:
+    """The dtype that the checkpoint says it is in, fp32 where it says nothing (as `from_pretrained(dtype="auto")`)."""
+    text = config.text("dtype", "torch_dtype", default="")
+    if not text and (nested := config.section("text_config", "llm_config", "thinker_config")):
+        return dtype_of(nested)
+    return DTYPES.get(text.removeprefix("torch."), "fp32")
+
+
+def max_positions(config: Config) -> int | None:
+    """Tokens that the model was made for."""
+    high = 1 << 40
+    size = config.size("max_position_embeddings", "n_positions", "seq_length", "max_seq_len", default=0, low=-1, high=high)
+    return size if size > 0 else None
+
+
+def architecture_class(config: Config, class_name: str | None, default: str) -> str:
+    """The class to build: the caller's, else the first of `architectures`, else the family's default."""
+    named = config.strings("architectures") or []
+    return class_name or (named[0] if named else default)
+
+
+def causal_head(
+    config: Config, class_name: str, hidden: int, vocab: int, bias: bool = False, tied_by_default: bool = False
+) -> tuple[tuple[Param, ...], bool, str]:
+    """Head of a decoder's class: its parameters, whether it is tied to the embedding, and the prefix of the base model.
+
+    `…ForCausalLM` has `lm_head`, tied or not; `…ForSequenceClassification` and `…ForTokenClassification` a `score` of
+    `num_labels`; a bare `…Model` has none, and its names no `model.` prefix.
+    """
+    if class_name.endswith(("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")):
+        sequence = class_name.endswith("ForSequenceClassification")
+        name, has_bias = ("score", not sequence) if not class_name.endswith("ForQuestionAnswering") else ("qa_outputs", True)
+        return linear(name, hidden, num_labels(config), has_bias, kind="head"), False, "model."
+    if class_name.endswith("Model"):
+        return (), False, ""
+    tied = config.flag("tie_word_embeddings", default=tied_by_default)
+    weight = () if tied else (Param("lm_head.weight", (vocab, hidden), "head"),)
+    return weight + ((Param("lm_head.bias", (vocab,), "bias"),) if bias else ()), tied, "model."
+
+
+def num_labels(config: Config) -> int:
+    """Classes of a classifier: `num_labels`, else the entries of `id2label`, else 2."""
+    labels = config.section("id2label")
+    return config.size("num_labels", default=len(labels.values) if labels else 2)
+
+
+def head_sizes(config: Config, hidden: int) -> tuple[int, int, int]:
+    """Attention heads, KV heads, and head size: `head_dim` where the configuration gives one, else hidden ÷ heads."""
+    heads = config.size("num_attention_heads")
+    kv_heads = config.size("num_key_value_heads", default=heads)
+    head_dim = config.size("head_dim", default=0, low=0) or config.divided("hidden_size", hidden, heads)
+    if heads % kv_heads:
+        raise HfvramError("bad_config", f"config.json: {heads} attention heads can't share {kv_heads} KV heads")
+    return heads, kv_heads, head_dim
+
+
+def rotary(config: Config, head_dim: int, default_factor: float = 1.0) -> Rotary:
+    """Rotary positions over `partial_rotary_factor` of the head."""
+    parameters = config.section("rope_parameters", "rope_scaling") or Config({})
+    factor = parameters.number("partial_rotary_factor", default=0.0)
+    factor = factor or config.number("partial_rotary_factor", "rotary_pct", default=default_factor)
+    return Rotary(dim=int(head_dim * factor))
+
+
+KINDS = ("full_attention", "sliding_attention", "chunked_attention")
+
+
+def layer_kinds(config: Config, layers: int, known: tuple[str, ...] = KINDS) -> list[str] | None:
+    """`layer_types` where the configuration has it, of the right length and of kinds that the family knows."""
+    kinds = config.strings("layer_types")
+    if kinds is None:
+        return None
+    if len(kinds) < layers:
+        raise HfvramError("bad_config", f"config.json: layer_types names {len(kinds)} layers of {layers}")
+    for kind in kinds[:layers]:
+        if kind not in known:
+            raise HfvramError("unknown_architecture", f"layer kind {printable(kind, 40)!r} of {config.model_type} is not known")
+    return kinds[:layers]
