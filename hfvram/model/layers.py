@@ -225,6 +225,8 @@ class MixtureOfExperts:
     """Width of all shared experts together, 0 where there are none."""
     gated: bool = True
     activation: Activation = "silu"
+    latent_size: int = 0
+    """Width in which the routed experts work, 0 where it is `hidden_size` (Nemotron-H)."""
     router_fp32: bool = False
     fused: bool = True
     """The experts of a layer are two 3-D tensors, run by a grouped matmul; else a list of modules."""

@@ -14,6 +14,7 @@ Reader = Callable[[Config, str | None], Architecture]
 
 MODULES: dict[str, tuple[str, ...]] = {
     "llama": ("llama", "mistral", "qwen2", "qwen3"),
+    "mamba": ("mamba", "falcon_mamba", "mamba2"),
 }
 """Module of this package → the model types that it reads, each by its function `read`."""
 
