@@ -1,0 +1,157 @@
+"""Does it fit, what is the most that would, and what would make it fit: each the real estimate, run again."""
+
+from collections.abc import Callable
+from functools import reduce
+from itertools import combinations
+from math import log2
+
+from hfvram.answer.estimate import Fit, Way
+from hfvram.answer.gpus import Gpu
+from hfvram.errors import HfvramError
+from hfvram.request import Request
+
+DeviceBytes = Callable[[Request], int]
+"""Bytes that a request takes on the fullest GPU; HfvramError where the request makes no sense for the model."""
+
+LIMIT = 10**9
+"""No context and no batch is searched beyond it."""
+
+LEAST_CTX = 256
+"""A context below this (or below the one asked) is not proposed as a way to make a model fit."""
+
+MOST_WAYS = 6
+
+
+Change = Callable[[Request], Request]
+
+
+def judge(device_bytes: DeviceBytes, request: Request, gpu: Gpu, *, max_positions: int | None = None) -> Fit:
+    """Whether `request`, whose `ctx` is known, fits `gpu`, and the limits: with all else as asked, `max_ctx` is the
+    largest context that fits, up to the model's own limit `max_positions` (or to `ctx` if that is beyond it), and
+    `max_batch` the largest batch; 0 where not even one fits. When it does not fit, `ways` says what would make it fit.
+    """
+    if request.ctx is None:
+        raise ValueError("judge needs a request whose ctx is resolved")
+    seen: dict[Request, int] = {}
+
+    def measured(r: Request) -> int:
+        if r not in seen:
+            seen[r] = device_bytes(r)
+        return seen[r]
+
+    needed, capacity = measured(request), gpu.memory_bytes
+    longest = max(request.ctx, max_positions) if max_positions else LIMIT
+    fits = needed <= capacity
+    return Fit(
+        gpu=gpu.name,
+        capacity_bytes=capacity,
+        fits=fits,
+        headroom_bytes=capacity - needed,
+        max_ctx=largest_ctx(measured, request, capacity, longest),
+        max_batch=largest_batch(measured, request, capacity),
+        ways=() if fits else ways(measured, request, capacity),
+    )
+
+
+def largest_ctx(device_bytes: DeviceBytes, request: Request, capacity: int, most: int) -> int:
+    """The largest context up to `most` tokens that takes at most `capacity` bytes; 0 where none does."""
+    return largest(lambda n: device_bytes(with_ctx(request, n)), capacity, request.ctx or 1, most)
+
+
+def largest_batch(device_bytes: DeviceBytes, request: Request, capacity: int, most: int = LIMIT) -> int:
+    """The largest batch up to `most` that takes at most `capacity` bytes; 0 where none does."""
+    return largest(lambda n: device_bytes(request.with_(batch=n)), capacity, request.batch, most)
+
+
+def with_ctx(request: Request, ctx: int) -> Request:
+    """The request at another context, with fewer new tokens where they would not fit in it."""
+    new = request.new_tokens
+    return request.with_(ctx=ctx, new_tokens=new if new is None or new < ctx else max(1, ctx - 1))
+
+
+def largest(taken: Callable[[int], int], capacity: int, start: int, most: int) -> int:
+    """The n in 1…most for which n fits and n + 1 does not, searched from `start`; 0 where 1 does not fit.
+
+    `taken` grows with n, nearly in a straight line: a guess on the line through the two ends and a bisection take
+    turns, so that a few evaluations do. Exact: both n and n + 1 have been evaluated.
+
+    >>> largest(lambda n: 1000 + 7 * n, 10_000, start=64, most=10**9)
+    1285
+    """
+    low, high, at = 0, most + 1, {}
+    probe = min(start, most)
+    while high - low > 1:
+        at[probe] = taken(probe)
+        low, high = (probe, high) if at[probe] <= capacity else (low, probe)
+        if high > most:
+            probe = min(most, low * 4)
+        elif low == 0:
+            probe = 1
+        elif len(at) % 3:
+            probe = low + (capacity - at[low]) * (high - low) // max(1, at[high] - at[low])
+        else:
+            probe = (low + high) // 2
+        probe = min(max(probe, low + 1), high - 1)
+    return low
+
+
+def ways(device_bytes: DeviceBytes, request: Request, capacity: int) -> tuple[Way, ...]:
+    """Changes, and pairs of changes where neither alone is enough, with which `request` fits; the mildest first."""
+    singles = changes(device_bytes, request, capacity)
+    enough: set[Change] = set()
+    found: dict[Request, Way] = {}
+    for count in (1, 2):
+        for parts in combinations(singles, count):
+            if enough.intersection(parts):
+                continue
+            try:
+                changed = reduce(lambda r, change: change(r), parts, request)
+                taken = device_bytes(changed)
+            except HfvramError:
+                continue
+            if taken <= capacity:
+                found.setdefault(changed, Way(change=difference(request, changed), device_bytes=taken))
+                if count == 1:
+                    enough.update(parts)
+    return tuple(way for _, way in sorted(found.items(), key=lambda f: cost(request, f[0]))[:MOST_WAYS])
+
+
+def changes(device_bytes: DeviceBytes, request: Request, capacity: int) -> list[Change]:
+    """What could be changed about `request`, in the order in which changes are combined.
+
+    A new kind of change is an entry here and its price in `cost`.
+    """
+    found: list[Change] = []
+    if request.kernels == "fallback":
+        found.append(lambda r: r.with_(kernels="fused"))
+    if request.attention == "eager":
+        found.append(lambda r: r.with_(attention="sdpa"))
+    if request.dtype == "fp32":
+        found.append(lambda r: r.with_(dtype="bf16"))
+    if request.quant in ("auto", "none"):
+        found.append(lambda r: r.with_(quant="int8"))
+    if request.quant in ("auto", "none", "int8", "fp8"):
+        found.append(lambda r: r.with_(quant="nf4"))
+    if request.batch > 1:
+        found.append(lambda r: r.with_(batch=max(1, largest_batch(device_bytes, r, capacity, r.batch))))
+    if (request.ctx or 0) > LEAST_CTX:
+        found.append(lambda r: with_ctx(r, max(LEAST_CTX, largest_ctx(device_bytes, r, capacity, r.ctx or LEAST_CTX))))
+    return found
+
+
+def cost(asked: Request, changed: Request) -> float:
+    """What a change takes away: 1 for 8 bits or half of the context, half of that where it only takes time."""
+    price = log2((asked.ctx or 1) / (changed.ctx or 1)) + log2(asked.batch / changed.batch) / 2
+    if asked.quant != changed.quant:
+        price += {"int8": 1.0, "nf4": 1.5}[changed.quant]
+    return price + 0.5 * (asked.dtype != changed.dtype)
+
+
+def difference(asked: Request, changed: Request) -> str:
+    """The options that differ, as the command line has them.
+
+    >>> difference(Request(ctx=8192), Request(ctx=4096, quant="int8"))
+    '--ctx 4096 --quant int8'
+    """
+    before, after = asked.to_dict(), changed.to_dict()
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in after.items() if value != before[name])

@@ -1,0 +1,125 @@
+"""Fit against stand-in estimates whose limits are known by hand, with the allocator's staircase and without."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hfvram.answer.fit import judge, largest
+from hfvram.answer.gpus import Gpu
+from hfvram.errors import HfvramError
+from hfvram.request import Request
+
+KB = 1000
+
+
+def straight(request: Request) -> int:
+    """1,000 kB of weights (halved by int8, quartered by nf4), 1 kB a token and sequence."""
+    weights = {"int8": 500, "nf4": 250}.get(request.quant, 1000)
+    return (weights + (request.ctx or 0) * request.batch) * KB
+
+
+def gpu(kb: int) -> Gpu:
+    return Gpu("test", kb * KB)
+
+
+def test_what_fits_has_headroom_and_limits_exact_to_the_token() -> None:
+    fit = judge(straight, Request(ctx=1000), gpu(5_500))
+    assert (fit.fits, fit.headroom_bytes, fit.max_ctx, fit.max_batch, fit.ways) == (True, 3_500 * KB, 4500, 4, ())
+
+
+def test_the_context_is_searched_up_to_the_models_own_limit_or_the_one_asked() -> None:
+    assert judge(straight, Request(ctx=1000), gpu(5_500), max_positions=2048).max_ctx == 2048
+    assert judge(straight, Request(ctx=4000), gpu(5_500), max_positions=2048).max_ctx == 4000
+
+
+def test_what_does_not_fit_still_has_limits() -> None:
+    fit = judge(straight, Request(ctx=4096), gpu(3_000))
+    assert (fit.fits, fit.headroom_bytes, fit.max_ctx, fit.max_batch) == (False, -2_096 * KB, 2000, 0)
+
+
+def test_nothing_fits() -> None:
+    fit = judge(straight, Request(ctx=4096), gpu(200))
+    assert (fit.fits, fit.max_ctx, fit.max_batch, fit.ways) == (False, 0, 0, ())
+
+
+def test_ways_each_fit_by_the_estimate_itself_mildest_first() -> None:
+    # 1000 + 1050 = 2050 kB of 2000: ctx 1000 costs 5 %; int8 takes 1550, nf4 1300
+    fit = judge(straight, Request(ctx=1050), gpu(2_000))
+    assert [(w.change, w.device_bytes // KB) for w in fit.ways] == [
+        ("--ctx 1000", 2000),
+        ("--quant int8", 1550),
+        ("--quant nf4", 1300),
+    ]
+
+
+def test_a_pair_is_listed_only_where_neither_change_is_enough() -> None:
+    # 250 + 4096 never fits 900; ctx alone never (1000 of weights): int8 leaves 400 tokens, nf4 650
+    fit = judge(straight, Request(ctx=4096), gpu(900))
+    assert {(w.change, w.device_bytes // KB) for w in fit.ways} == {
+        ("--ctx 400 --quant int8", 900),
+        ("--ctx 650 --quant nf4", 900),
+    }
+
+
+def test_a_batch_is_reduced_before_the_context() -> None:
+    fit = judge(straight, Request(ctx=1000, batch=8), gpu(5_000))
+    assert [w.change for w in fit.ways][:2] == ["--batch 4", "--ctx 500"]
+
+
+def test_a_change_that_makes_no_sense_for_the_model_is_left_out() -> None:
+    def quantized_already(request: Request) -> int:
+        if request.quant != "auto":
+            raise HfvramError("usage", "quantized already")
+        return straight(request)
+
+    assert [w.change for w in judge(quantized_already, Request(ctx=1050), gpu(2_000)).ways] == ["--ctx 1000"]
+
+
+def test_slow_choices_are_undone_first() -> None:
+    def eager(request: Request) -> int:
+        return straight(request) + (5_000 * KB if request.attention == "eager" else 0)
+
+    ways = judge(eager, Request(ctx=1000, attention="eager"), gpu(2_000)).ways
+    assert ways[0].change == "--attention sdpa"
+
+
+def test_new_tokens_shrink_with_the_context() -> None:
+    seen: list[Request] = []
+
+    def watched(request: Request) -> int:
+        seen.append(request)
+        return straight(request)
+
+    assert judge(watched, Request(ctx=512, new_tokens=256), gpu(1_001)).max_ctx == 1
+    assert all(r.new_tokens is not None and r.new_tokens <= (r.ctx or 0) for r in seen)
+
+
+@given(
+    weights=st.integers(0, 2**36),
+    slope=st.integers(1, 2**22),
+    square=st.integers(0, 9),
+    stair=st.sampled_from([1, 512, 2 << 20, 20 << 20]),
+    capacity=st.integers(2**20, 2**37),
+    start=st.integers(1, 2**17),
+    most=st.integers(1, 10**9),
+)
+def test_largest_is_exact_and_takes_few_evaluations(
+    weights: int, slope: int, square: int, stair: int, capacity: int, start: int, most: int
+) -> None:
+    calls = 0
+
+    def taken(n: int) -> int:
+        nonlocal calls
+        calls += 1
+        return -(-(weights + slope * n + square * n * n) // stair) * stair
+
+    found = largest(taken, capacity, start, most)
+    assert calls < 110
+    assert 0 <= found <= most
+    assert found == 0 or taken(found) <= capacity
+    assert found == most or taken(found + 1) > capacity
+
+
+def test_a_request_without_ctx_is_the_callers_mistake() -> None:
+    with pytest.raises(ValueError, match="ctx"):
+        judge(straight, Request(), gpu(1))
