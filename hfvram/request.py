@@ -1,7 +1,7 @@
 """`Request`: what somebody wants to do with a model, under the same names as command-line option, keyword and JSON key."""
 
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, get_args, get_type_hints
 
 from hfvram.errors import HfvramError, printable
@@ -81,6 +81,9 @@ class Request:
                 raise HfvramError("usage", f"{_flag(name)} {value} is out of range: a whole number from 1 to 10^9")
         if self.ctx is not None and self.new_tokens is not None and self.new_tokens > self.ctx:
             raise HfvramError("usage", f"--new-tokens {self.new_tokens} does not fit in --ctx {self.ctx}")
+        for name in ("max_ctx", "max_batch"):
+            if getattr(self, name) and self.gpu is None:
+                raise HfvramError("usage", f"{_flag(name)} needs --gpu: a name, a size such as 24GB, or local")
         for what in self.offload:
             if what not in OFFLOADS:
                 raise HfvramError("usage", f"--offload {printable(what, 40)} is not one of {', '.join(OFFLOADS)}")
@@ -101,7 +104,8 @@ class Request:
 
     def to_dict(self) -> dict[str, Any]:
         """Every option, as JSON has it: `from_dict` of it is the same request."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        values = ((name, getattr(self, name)) for name in _DEFAULTS)
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in values}
 
     def with_(self, **changes: Any) -> "Request":
         return replace(self, **changes)
