@@ -12,22 +12,34 @@ T = TypeVar("T")
 
 
 class Config:
-    """Typed access to a `config.json` by key or alias. A key that is absent or null gives the default."""
+    """Typed access to a `config.json` by key or alias.
 
-    __slots__ = ("values",)
+    A key that is null gives the caller's default; one that is absent the family's, where `defaults` has it. `aliases`
+    are the family's own names of keys (GPT-2's `n_embd` for `hidden_size`).
+    """
 
-    def __init__(self, values: Mapping[str, Any]) -> None:
+    __slots__ = ("aliases", "defaults", "values")
+
+    def __init__(
+        self, values: Mapping[str, Any], defaults: Mapping[str, Any] | None = None, aliases: Mapping[str, str] | None = None
+    ) -> None:
         self.values = values
+        self.defaults = defaults or {}
+        self.aliases = aliases or {}
 
     @property
     def model_type(self) -> str:
         return self.text("model_type", default="")
 
     def get(self, *names: str) -> Any:
-        """The first of these keys that has a value, or None."""
-        for name in names:
-            if (value := self.values.get(name)) is not None:
-                return value
+        """The first of these keys that has a value, or None. A null in the file stands: it is no default's place."""
+        keys = [key for name in names for key in (name, self.aliases.get(name)) if key]
+        for source in (self.values, self.defaults):
+            for key in keys:
+                if (value := source.get(key)) is not None:
+                    return value
+            if any(key in source for key in keys):
+                return None
         return None
 
     def size(self, *names: str, default: int | None = None, low: int = 1, high: int = MAX_SIZE) -> int:
@@ -88,7 +100,7 @@ class Config:
         return value
 
     def section(self, *names: str) -> "Config | None":
-        """A nested object, None where there is none."""
+        """A nested object, None where there is none. `families.defaults.section` knows its type's defaults, too."""
         value = self.get(*names)
         if value is None:
             return None

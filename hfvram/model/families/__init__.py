@@ -13,8 +13,17 @@ from hfvram.model.config import Config
 Reader = Callable[[Config, str | None], Architecture]
 
 MODULES: dict[str, tuple[str, ...]] = {
-    "llama": ("llama", "mistral", "qwen2", "qwen3"),
+    "llama": (
+        *("llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "granite", "arcee", "cwm", "seed_oss"),
+        *("smollm3", "helium", "ernie4_5", "hunyuan_v1_dense", "nanochat", "nemotron", "olmo", "olmo2", "olmo3"),
+        *("exaone4", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "starcoder2", "stablelm", "cohere", "cohere2"),
+        *("glm", "glm4"),
+    ),
     "mamba": ("mamba", "falcon_mamba", "mamba2"),
+    "jamba": ("jamba",),
+    "bamba": ("bamba", "granitemoehybrid", "falcon_h1"),
+    "zamba": ("zamba", "zamba2"),
+    "nemotron_h": ("nemotron_h",),
 }
 """Module of this package → the model types that it reads, each by its function `read`."""
 

@@ -46,6 +46,36 @@ def attention(
     )
 
 
+def fused_attention(
+    name: str,
+    hidden: int,
+    heads: int,
+    head_dim: int,
+    kv_heads: int | None = None,
+    *,
+    bias: bool = False,
+    out_bias: bool | None = None,
+    projections: tuple[str, str] = ("qkv_proj", "o_proj"),
+    extra: tuple[Param, ...] = (),
+    **style: Any,
+) -> Attention:
+    """Attention with one projection for queries, keys and values together, and one for the output."""
+    kv_heads = kv_heads or heads
+    qkv, output = projections
+    return Attention(
+        hidden_size=hidden,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        value_dim=head_dim,
+        fused_qkv=True,
+        params=linear(f"{name}.{qkv}", hidden, (heads + 2 * kv_heads) * head_dim, bias)
+        + linear(f"{name}.{output}", heads * head_dim, hidden, bias if out_bias is None else out_bias)
+        + extra,
+        **style,
+    )
+
+
 def gated_mlp(
     name: str,
     hidden: int,
@@ -64,6 +94,26 @@ def gated_mlp(
         params=linear(f"{name}.{gate}", hidden, width, bias)
         + linear(f"{name}.{up}", hidden, width, bias)
         + linear(f"{name}.{down}", width, hidden, bias),
+    )
+
+
+def fused_gated_mlp(
+    name: str,
+    hidden: int,
+    width: int,
+    activation: Activation = "silu",
+    projections: tuple[str, str] = ("gate_up_proj", "down_proj"),
+    bias: bool = False,
+) -> FeedForward:
+    """down(act(gate(x)) · up(x)) with gate and up in one projection (Phi-3)."""
+    return FeedForward(
+        hidden_size=hidden,
+        intermediate_size=width,
+        gated=True,
+        activation=activation,
+        fused_gate_up=True,
+        params=linear(f"{name}.{projections[0]}", hidden, 2 * width, bias)
+        + linear(f"{name}.{projections[1]}", width, hidden, bias),
     )
 
 

@@ -1,114 +1,139 @@
-"""Llama and those that are built like it: RMSNorm, rotary positions, grouped queries, a gated feed-forward.
+"""Llama and those that are built like it: a decoder of attention and feed-forward between norms.
 
-Source: transformers 5.17, models/{llama, mistral, qwen2, qwen3}/modeling_*.py and configuration_*.py.
+What each type does differently is in `styles.py`. Source: transformers 5.17, models/*/modeling_*.py.
 """
 
+from collections.abc import Callable
 from functools import cache
 
 from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.config import Config
-from hfvram.model.families.common import (
-    architecture_class,
-    causal_head,
-    dtype_of,
-    head_sizes,
-    layer_kinds,
-    max_positions,
-    rotary,
-)
-from hfvram.model.layers import Attention, FeedForward, Layer, Param, linear, norm
+from hfvram.model.families import blocks
+from hfvram.model.families.common import causal_head, dtype_of, head_sizes, max_positions, rotary
+from hfvram.model.families.defaults import class_of, known, prefix_of
+from hfvram.model.families.styles import STYLES, Style, flag, rope_layers, windows
+from hfvram.model.layers import Attention, FeedForward, Layer, MixtureOfExperts, Param, Rotary, norm
 
-CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+Feed = Callable[[Config, int], FeedForward | MixtureOfExperts]
+"""The feed-forward of a layer, by its index."""
 
 
 def read(config: Config, class_name: str | None) -> Architecture:
-    kind = config.model_type
+    config = known(config)
+    class_name = class_of(config, class_name)
+    return decoder(config, class_name, stack(config, prefix_of(config, class_name)))
+
+
+def decoder(config: Config, class_name: str, text: Stack) -> Architecture:
+    """A text model of one stack, with the head of its class."""
+    style = STYLES[config.model_type]
     hidden, vocab = config.size("hidden_size"), config.size("vocab_size")
-    class_name = architecture_class(config, class_name, f"{CLASSES[kind]}ForCausalLM")
-    head, tied, prefix = causal_head(config, class_name, hidden, vocab)
-
-    @cache
-    def layer(window: int | None) -> Layer:
-        return Layer(
-            mixers=(attention(config, hidden, window),),
-            feed_forward=feed_forward(config, hidden),
-            params=norm("input_layernorm", hidden) + norm("post_attention_layernorm", hidden),
-        )
-
-    stack = Stack(
-        name="text",
-        prefix=f"{prefix}layers",
-        hidden_size=hidden,
-        before=(Param(f"{prefix}embed_tokens.weight", (vocab, hidden), "embedding"),),
-        layers=tuple(layer(window) for window in windows(config)),
-        after=norm(f"{prefix}norm", hidden),
-    )
+    head, tied, _ = causal_head(config, class_name, hidden, vocab, flag(config, style.head_bias))
     return Architecture(
-        model_type=kind,
+        model_type=config.model_type,
         class_name=class_name,
         task="causal",
-        stacks=(stack,),
-        main="text",
+        stacks=(text,),
+        main=text.name,
         vocab_size=vocab,
         hidden_size=hidden,
         max_positions=max_positions(config),
         dtype=dtype_of(config),
         head=head,
         tied_head=tied,
+        final_norm=style.norm,
+        logits_softcap=bool(config.number("final_logit_softcapping", default=0.0)),
     )
 
 
-def windows(config: Config) -> list[int | None]:
-    """The sliding window of each layer, None for full attention.
-
-    Mistral's `sliding_window` holds for every layer though no pattern names it; Qwen's only with `use_sliding_window`,
-    and from layer `max_window_layers` on.
-    """
+def stack(config: Config, prefix: str, feed: Feed | None = None) -> Stack:
+    """The text stack under `prefix`; `feed` builds its feed-forwards where they are not the family's dense ones."""
+    style = STYLES[config.model_type]
+    hidden, vocab = config.size("hidden_size"), config.size("vocab_size")
     layers = config.layers("num_hidden_layers")
-    window = config.size("sliding_window", default=0, low=0) or None
-    if config.model_type.startswith("qwen") and not config.flag("use_sliding_window"):
-        window = None
-    if kinds := layer_kinds(config, layers):
-        return [window if kind == "sliding_attention" else None for kind in kinds]
-    if config.model_type == "mistral":
-        return [window] * layers
-    if config.model_type.startswith("qwen"):
-        first = config.layers("max_window_layers", default=28)
-        return [window if i >= first else None for i in range(layers)]
-    return [None] * layers
+    listed = rope_layers(config, layers) if style.rope_on == "listed" else []
+    build = feed or (lambda config, index: feed_forward(config, style, hidden))
+
+    @cache
+    def one(window: int | None, rotates: bool, feed: FeedForward | MixtureOfExperts) -> Layer:
+        names = style.norms[:1] if flag(config, style.parallel) else style.norms
+        params = tuple(p for name in names for p in norm(name, hidden, style.norm_bias)) if style.norm_weight else ()
+        return Layer(
+            mixers=(attention(config, style, hidden, window, rotates),),
+            feed_forward=feed,
+            norm=style.norm,
+            norm_position=style.norm_position,
+            parallel=flag(config, style.parallel),
+            params=params,
+        )
+
+    def rotates(i: int, window: int | None) -> bool:
+        if style.rope_on == "sliding":
+            return window is not None or not config.size("sliding_window", default=0, low=0)
+        return listed[i] if listed else True
+
+    return Stack(
+        name="text",
+        prefix=f"{prefix}layers",
+        hidden_size=hidden,
+        before=(Param(f"{prefix}embed_tokens.weight", (vocab, hidden), "embedding"),),
+        layers=tuple(
+            one(window, rotates(i, window), build(config, i)) for i, window in enumerate(windows(config, style, layers))
+        ),
+        after=norm(f"{prefix}{style.final_norm}", hidden, style.norm_bias) if style.norm_weight else (),
+    )
 
 
-def attention(config: Config, hidden: int, window: int | None) -> Attention:
+def attention(config: Config, style: Style, hidden: int, window: int | None, rotates: bool) -> Attention:
     heads, kv_heads, head_dim = head_sizes(config, hidden)
-    qkv_bias = config.model_type == "qwen2" or config.flag("attention_bias")
-    out_bias = config.model_type != "qwen2" and config.flag("attention_bias")
-    qk_norm = config.model_type == "qwen3"
-    return Attention(
-        kind="sliding_attention" if window else "full_attention",
-        hidden_size=hidden,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        value_dim=head_dim,
-        window=window,
-        rotary=rotary(config, head_dim),
-        qk_norm="head" if qk_norm else None,
-        params=linear("self_attn.q_proj", hidden, heads * head_dim, qkv_bias)
-        + linear("self_attn.k_proj", hidden, kv_heads * head_dim, qkv_bias)
-        + linear("self_attn.v_proj", hidden, kv_heads * head_dim, qkv_bias)
-        + linear("self_attn.o_proj", heads * head_dim, hidden, out_bias)
-        + (norm("self_attn.q_norm", head_dim) + norm("self_attn.k_norm", head_dim) if qk_norm else ()),
+    partial = rotary(config, head_dim, style.rotary_factor)
+    qk_norm = style.qk_norm if flag(config, style.qk_norm_if) else None
+    sinks = config.model_type == "gpt_oss"
+    facts = {
+        "kind": "sliding_attention" if window else "full_attention",
+        "window": window,
+        "causal": not config.flag("use_bidirectional_attention"),
+        "rotary": Rotary(dim=partial.dim, style=style.rope) if rotates else None,
+        "qk_norm": "full" if style.qk_norm == "full" else "head" if style.qk_norm else None,
+        "softcap": style.softcap and bool(config.number("attn_logit_softcapping", default=0.0)),
+        "bias": flag(config, style.bias),
+        "out_bias": flag(config, style.out_bias),
+    }
+    if not qk_norm and style.qk_norm_if is not False:
+        facts["qk_norm"] = None
+    extra: tuple[Param, ...] = ()
+    if qk_norm:
+        q, k = (f"self_attn.{name}" for name in style.qk_norm_names)
+        if qk_norm == "each":
+            extra = (
+                Param(f"{q}.weight", (heads, head_dim), "norm"),
+                Param(f"{k}.weight", (kv_heads, head_dim), "norm"),
+            )
+        else:
+            over = (head_dim, head_dim) if qk_norm == "head" else (heads * head_dim, kv_heads * head_dim)
+            extra = norm(q, over[0], style.norm_bias) + norm(k, over[1], style.norm_bias)
+    if sinks:
+        facts |= {"sinks": True, "implementations": ("eager", "flash_attention_2")}
+        extra += (Param("self_attn.sinks", (heads,), "other"),)
+    if style.fused_qkv:
+        names = ("qkv_proj", style.out)
+        return blocks.fused_attention(
+            "self_attn", hidden, heads, head_dim, kv_heads, projections=names, extra=extra, **facts
+        )
+    projections = ("q_proj", "k_proj", "v_proj", style.out)
+    return blocks.attention(
+        "self_attn", hidden, heads, head_dim, kv_heads, projections=projections, extra=extra, **facts
     )
 
 
-def feed_forward(config: Config, hidden: int) -> FeedForward:
-    width, bias = config.size("intermediate_size"), config.flag("mlp_bias")
-    return FeedForward(
-        hidden_size=hidden,
-        intermediate_size=width,
-        gated=True,
-        activation=config.text("hidden_act", default="silu"),
-        params=linear("mlp.gate_proj", hidden, width, bias)
-        + linear("mlp.up_proj", hidden, width, bias)
-        + linear("mlp.down_proj", width, hidden, bias),
-    )
+def feed_forward(config: Config, style: Style, hidden: int, width: int | None = None) -> FeedForward:
+    """The family's dense feed-forward, of the configuration's width unless another is given."""
+    width = width or config.size("intermediate_size")
+    activation = config.text("hidden_activation", "hidden_act", default="silu")
+    bias = flag(config, style.mlp_bias)
+    if style.mlp == "gated":
+        return blocks.gated_mlp("mlp", hidden, width, activation, bias)
+    if style.mlp == "fused":
+        return blocks.fused_gated_mlp("mlp", hidden, width, activation)
+    up, down = style.mlp_names
+    return blocks.mlp(f"mlp.{up}", f"mlp.{down}", hidden, width, activation, bias)
