@@ -1,7 +1,7 @@
 """A request as a sequence of allocations and frees, by category: what both engines write and the allocator replays."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 Category = Literal[
@@ -11,7 +11,10 @@ Certainty = Literal["exact", "derived", "calibrated", "guess"]
 
 
 class Tag(NamedTuple):
-    """What an allocation is, in words: allocations of one tag become one item of the answer."""
+    """What an allocation is: allocations of one name become one item of the answer.
+
+    `formula` is in the field's symbols, joined by `·`, so that an answer can put the numbers in.
+    """
 
     name: str
     category: Category
@@ -20,23 +23,39 @@ class Tag(NamedTuple):
     certainty: Certainty = "derived"
 
 
-@dataclass(slots=True)
-class Timeline:
-    """Events in order. An allocation is a positive index into `sizes` and `tags`; a free is its negative, minus one.
+@dataclass(frozen=True, eq=False)
+class Standing:
+    """What stands before the first token: weights and buffers, in the order in which they are built."""
 
-    `mark` names a moment (`prefill`, `decode`), so that an answer can say when the peak stands.
+    tensors: tuple[tuple[int, Tag], ...]
+
+    @cached_property
+    def bytes_by_tag(self) -> dict[Tag, int]:
+        totals: dict[Tag, int] = {}
+        for nbytes, tag in self.tensors:
+            totals[tag] = totals.get(tag, 0) + nbytes
+        return totals
+
+
+class Timeline:
+    """What stands from the start, then events in order.
+
+    An allocation is an index into `sizes` and `tags`; a free is its complement (`~index`). `marks` name phases.
     """
 
-    sizes: list[int]
-    tags: list[Tag]
-    events: list[int]
-    marks: list[tuple[int, str]]
+    __slots__ = ("events", "marks", "sizes", "standing", "symbols", "tags")
 
-    def __init__(self) -> None:
-        self.sizes, self.tags, self.events, self.marks = [], [], [], []
+    def __init__(self, standing: Standing) -> None:
+        self.standing = standing
+        self.sizes: list[int] = []
+        self.tags: list[Tag] = []
+        self.events: list[int] = []
+        self.marks: list[tuple[int, str]] = []
+        self.symbols: dict[str, int] = {}
+        """What the symbols of the formulas stand for."""
 
     def alloc(self, nbytes: int, tag: Tag) -> int:
-        """Allocate `nbytes` (0 is allowed and costs nothing); the handle frees it."""
+        """Allocate `nbytes` (0 costs nothing); the handle frees it."""
         handle = len(self.sizes)
         self.sizes.append(nbytes)
         self.tags.append(tag)
@@ -44,30 +63,26 @@ class Timeline:
         return handle
 
     def free(self, *handles: int) -> None:
-        self.events.extend(-h - 1 for h in handles)
+        self.events.extend([~h for h in handles])
 
-    def momentary(self, tag: Tag, *sizes: int) -> None:
+    def moment(self, tag: Tag, *sizes: int) -> None:
         """Allocate these together, and free them at once."""
         self.free(*[self.alloc(n, tag) for n in sizes])
 
-    def mark(self, name: str) -> None:
-        """What follows belongs to the phase `name`."""
-        self.marks.append((len(self.events), name))
+    def mark(self, phase: str) -> None:
+        """What follows belongs to this phase."""
+        self.marks.append((len(self.events), phase))
 
-    def live(self, upto: int) -> Iterable[int]:
-        """Handles that are live after the first `upto` events."""
+    def phase_at(self, event: int) -> str:
+        """The phase in which this event stands."""
+        return next((name for at, name in reversed(self.marks) if at < event), "start")
+
+    def live(self, upto: int) -> list[int]:
+        """Handles that are live after the first `upto` events, in order of allocation."""
         handles: dict[int, None] = {}
         for e in self.events[:upto]:
             if e >= 0:
                 handles[e] = None
             else:
-                handles.pop(-e - 1, None)
-        return handles
-
-    def phase_at(self, event: int) -> str:
-        name = ""
-        for at, mark in self.marks:
-            if at > event:
-                break
-            name = mark
-        return name
+                del handles[~e]
+        return list(handles)

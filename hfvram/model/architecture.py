@@ -37,7 +37,7 @@ class Stack:
         yield from self.after
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Architecture:
     """A model: stacks in the order in which they are built, the main one (`text`) by name, and the head."""
 

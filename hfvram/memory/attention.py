@@ -1,0 +1,210 @@
+"""Softmax attention without gradients: projections, rotary positions, the growing cache, and the kernel that runs.
+
+b sequences of s new tokens that attend to t, a heads of size d, a_kv KV heads, e bytes of an element.
+"""
+
+from hfvram.memory.blocks import HIDDEN, normalize, rotate
+from hfvram.memory.forward import Forward
+from hfvram.memory.timeline import Tag, Timeline
+from hfvram.model.layers import Attention
+
+LLAMA = "transformers 5.17: LlamaAttention.forward"
+SDPA = "transformers 5.17: sdpa_attention.py; PyTorch 2.11: transformers/cuda/sdp_utils.cpp"
+CACHES = "transformers 5.17: cache_utils.py"
+QUERY = Tag("queries", "activations", "b·s·a·d·e", LLAMA)
+KEY_VALUE = Tag("keys and values before the cache", "activations", "b·s·a_kv·d·e", LLAMA)
+CACHE = Tag("keys and values", "cache", "b·t·a_kv·d·e", CACHES, "exact")
+COUNTER = Tag("counters of the cache", "cache", "", CACHES, "exact")
+OUT = Tag("attention output", "activations", "b·s·a·d·e", SDPA)
+REPEATED = Tag("keys and values repeated for every head", "activations", "b·t·a·d·e", SDPA)
+BIAS = Tag("attention mask as a bias", "activations", "b·s·t·e", SDPA)
+SCORES = Tag("attention scores", "activations", "b·a·s·t·e", "transformers 5.17: eager_attention_forward")
+MATH = Tag("attention scores in fp32", "activations", "b·a·s·t·4", "PyTorch 2.11: _scaled_dot_product_attention_math")
+
+
+def attention(t: Timeline, f: Forward, part: Attention, cache: list[int]) -> tuple[int, int | None]:
+    """Self-attention of one layer. `cache` holds the handles of the layer's keys and values, empty before the prefill.
+
+    Returns the output's handle and, for eager attention, that of the weights, which the layer keeps until its end.
+    """
+    q_bytes, k_bytes = f.bytes(part.heads * part.head_dim), f.bytes(part.kv_heads * part.head_dim)
+    v_bytes = f.bytes(part.kv_heads * part.value_dim)
+    gate = None
+    if part.fused_qkv:
+        fused = t.alloc(q_bytes + k_bytes + v_bytes, QUERY)
+        query, key, value = [], [], [fused]
+    else:
+        query = [_projection(t, f, part, part.heads, q_bytes, QUERY)]
+        key = [_projection(t, f, part, part.kv_heads, k_bytes, KEY_VALUE)]
+        value = [t.alloc(v_bytes, KEY_VALUE)]
+        gate = query[0] if part.output_gate else None
+    joined = False
+    if part.rotary:
+        share = part.rotary.dim / part.head_dim
+        rotated = [rotate(t, q_bytes, int(q_bytes * share), QUERY), rotate(t, k_bytes, int(k_bytes * share), KEY_VALUE)]
+        t.free(*(query if gate is None else []), *key)
+        query, key = [rotated[0]], [rotated[1]]
+        joined = part.rotary.dim < part.head_dim
+    if part.cached:
+        grow(t, f, part, cache)
+        t.free(*key, *(value if query else []))
+        key, value = [], value if not query else []
+    out, kept = kernel(t, f, part, joined)
+    if gate is not None:
+        t.moment(OUT, q_bytes)
+        gated = t.alloc(q_bytes, OUT)
+        t.free(out)
+        out = gated
+        t.free(gate)
+    projected = t.alloc(f.bytes(part.hidden_size), HIDDEN)
+    t.free(out, *query, *key, *value)
+    return projected, kept
+
+
+def _projection(t: Timeline, f: Forward, part: Attention, heads: int, nbytes: int, tag: Tag) -> int:
+    """One projection, and its norm where the model has one."""
+    doubled = 2 if part.output_gate and tag is QUERY else 1
+    projected = t.alloc(doubled * nbytes, tag)
+    if part.qk_norm is None:
+        return projected
+    normed = normalize(t, f, heads * part.head_dim, "rms", tag)
+    if doubled == 1:
+        t.free(projected)
+    return normed
+
+
+def grow(t: Timeline, f: Forward, part: Attention, cache: list[int]) -> None:
+    """Append the new tokens to the layer's cache.
+
+    A dynamic cache is a new concatenation each time, old and new standing together for a moment; a window keeps a view
+    of what its last step concatenated, W − 1 old tokens and the new ones; a static cache is there from the first step.
+    """
+    row = f.batch * part.kv_heads * f.element_bytes
+    if f.static_length:
+        if not cache:
+            length = min(f.static_length, part.window or f.static_length)
+            cache += [t.alloc(row * length * d, CACHE) for d in (part.head_dim, part.value_dim)] + [t.alloc(8, COUNTER)]
+        return
+    length = stored_tokens(part, f.past, f.tokens)
+    if not cache:
+        cache += [t.alloc(row * length * d, CACHE) for d in (part.head_dim, part.value_dim)]
+        if part.window:
+            cache.append(t.alloc(8, COUNTER))
+        return
+    keys = t.alloc(row * length * part.head_dim, CACHE)
+    if not part.window:
+        t.free(cache[0])
+    values = t.alloc(row * length * part.value_dim, CACHE)
+    t.free(*([cache[0], cache[1]] if part.window else [cache[1]]))
+    cache[:2] = [keys, values]
+
+
+def stored_tokens(part: Attention, past: int, new: int) -> int:
+    """Tokens in the tensors that a dynamic cache holds after `new` more than `past`."""
+    if part.window is None:
+        return past + new
+    return min(past, part.window - 1) + new
+
+
+def kernel(t: Timeline, f: Forward, part: Attention, joined: bool) -> tuple[int, int | None]:
+    """The attention itself, with what its kernel needs beside its inputs.
+
+    On Hopper, PyTorch takes cuDNN (half precision, no mask, d ≤ 128), flash (d ≤ 256), memory-efficient (a mask, or
+    fp32) or the math path (fp32 with grouped queries); a mask makes transformers repeat the keys and values.
+    Returns the output's handle, and the weights' for eager attention.
+    """
+    attended = f.static_length if f.static_length and f.past else stored_tokens(part, f.past, f.tokens)
+    masked = needs_mask(f, part)
+    q_bytes = f.batch * f.tokens * part.heads * part.head_dim * f.element_bytes
+    out_bytes = f.batch * f.tokens * part.heads * part.value_dim * f.element_bytes
+    repeated = [f.batch * attended * part.heads * d * f.element_bytes for d in (part.head_dim, part.value_dim)]
+    grouped = part.heads != part.kv_heads
+    square = f.batch * part.heads * f.tokens * attended
+    if implementation(f, part) == "eager":
+        copies = [t.alloc(n, REPEATED) for n in repeated] if grouped else []
+        weights = _eager_softmax(t, f, square)
+        heads_first = t.alloc(out_bytes, OUT)
+        out = t.alloc(out_bytes, OUT)
+        t.free(heads_first, *copies)
+        return out, weights
+    same_size = part.head_dim == part.value_dim <= 256
+    native_groups = grouped and not masked and same_size
+    copies = [t.alloc(n, REPEATED) for n in repeated] if grouped and not native_groups else []
+    if native_groups and not f.half:
+        out = _math(t, f, part, q_bytes, repeated, square)
+    else:
+        if masked and f.attention != "flash_attention_2":
+            copies += _bias(t, f, attended)
+        out = t.alloc(out_bytes, OUT)
+        t.moment(OUT, f.batch * part.heads * f.tokens * 4)  # log-sum-exp
+        if joined and not masked and f.half and part.head_dim <= 128 and f.tokens > 1:
+            contiguous = t.alloc(out_bytes, OUT)  # cuDNN's output has the layout of the queries, which rotation joined by a copy
+            t.free(out)
+            out = contiguous
+    t.free(*copies)
+    return out, None
+
+
+def implementation(f: Forward, part: Attention) -> str:
+    """What runs where the model's code can't run what was asked: the first that it can."""
+    return f.attention if f.attention in part.implementations else part.implementations[0]
+
+
+def needs_mask(f: Forward, part: Attention) -> bool:
+    """Whether this layer is given a mask: padding, a static cache while decoding, or a window that is reached."""
+    if f.masked or (f.static_length and f.past):
+        return True
+    return part.window is not None and f.past + f.tokens >= part.window
+
+
+def _bias(t: Timeline, f: Forward, attended: int) -> list[int]:
+    """A boolean mask becomes an additive one of the queries' dtype, its rows padded to a multiple of 8."""
+    row = f.batch * f.tokens * f.element_bytes
+    bias = t.alloc(row * attended, BIAS)
+    if attended % 8 == 0:
+        return [bias]
+    padded = t.alloc(row * -(-attended // 8) * 8, BIAS)
+    t.free(bias)
+    return [padded]
+
+
+def _eager_softmax(t: Timeline, f: Forward, square: int) -> int:
+    """Scores, scaled, masked, and their softmax in fp32; bf16 is cast first, fp16 within the kernel."""
+    nbytes = square * f.element_bytes
+    product = t.alloc(nbytes, SCORES)
+    scaled = t.alloc(nbytes, SCORES)
+    t.free(product)
+    biased = t.alloc(nbytes, SCORES)
+    t.free(scaled)
+    wide = t.alloc(square * 4, MATH) if f.dtype == "bf16" else None
+    soft = t.alloc(square * 4, MATH)
+    if wide is not None:
+        t.free(wide)
+    if not f.half:
+        t.free(biased)
+        return soft
+    weights = t.alloc(nbytes, SCORES)
+    t.free(soft, biased)
+    return weights
+
+
+def _math(t: Timeline, f: Forward, part: Attention, q_bytes: int, repeated: list[int], square: int) -> int:
+    """The math path, which fp32 with grouped queries takes: three squares of scores, one of them a byte an element."""
+    scaled = t.alloc(q_bytes, QUERY)
+    causal = [t.alloc(square // (f.batch * part.heads) * 4, BIAS)] if f.tokens > 1 else []
+    keys, values = (t.alloc(n, REPEATED) for n in repeated)
+    scaled_keys = t.alloc(repeated[0], REPEATED)
+    scores = t.alloc(square * 4, MATH)
+    t.free(scaled_keys)
+    if causal:
+        biased = t.alloc(square * 4, MATH)
+        t.free(scores)
+        scores = biased
+    weights = t.alloc(square * 4, MATH)
+    t.moment(MATH, square)  # which rows are masked whole
+    t.free(scores)
+    heads_first = t.alloc(q_bytes, OUT)
+    t.free(keys, values, scaled, *causal, weights)
+    out = t.alloc(q_bytes, OUT)
+    t.free(heads_first)
+    return out

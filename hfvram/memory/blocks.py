@@ -1,0 +1,74 @@
+"""The small pieces that every layer is made of, as transformers computes them without gradients: norms, rotary
+positions, activation functions. Each writes its allocations in the order of the code and returns its output's handle.
+
+b sequences of s tokens, h hidden size, e bytes of an element.
+Source: transformers 5.17, models/llama/modeling_llama.py and activations.py; checked event by event on the meta device.
+"""
+
+from typing import Literal
+
+from hfvram.memory.forward import Forward
+from hfvram.memory.timeline import Tag, Timeline
+
+HIDDEN = Tag("hidden states", "activations", "b·s·h·e", "transformers 5.17: residual stream of a decoder layer")
+NORM = Tag("normalization in fp32", "activations", "b·s·h·4", "transformers 5.17: LlamaRMSNorm.forward")
+ROTARY = Tag("rotary embedding, temporaries", "activations", "b·s·a·d·e", "transformers 5.17: apply_rotary_pos_emb")
+ACTIVATION = Tag("feed-forward, activation function", "activations", "b·s·f·e", "transformers 5.17: activations.py")
+
+
+def normalize(t: Timeline, f: Forward, width: int, kind: Literal["rms", "layer"], tag: Tag = HIDDEN) -> int:
+    """RMSNorm computes in fp32 and casts back (4 to 8 bytes an element on the way); LayerNorm is one kernel."""
+    nbytes, wide = f.bytes(width), f.fp32_bytes(width)
+    if kind == "layer":
+        return t.alloc(nbytes, tag)
+    upcast = t.alloc(wide, NORM) if f.half else None
+    t.moment(NORM, wide)  # the square
+    scaled = t.alloc(wide, NORM)
+    if upcast is not None:
+        t.free(upcast)
+        cast = t.alloc(nbytes, NORM)
+        out = t.alloc(nbytes, tag)
+        t.free(cast, scaled)
+    else:
+        out = t.alloc(nbytes, tag)
+        t.free(scaled)
+    return out
+
+
+def rotate(t: Timeline, nbytes: int, rotated: int, tag: Tag) -> int:
+    """x·cos + rotate_half(x)·sin over `rotated` of `nbytes`; what is not rotated is joined to it by a copy."""
+    scaled = t.alloc(rotated, ROTARY)
+    negative = t.alloc(rotated // 2, ROTARY)
+    half = t.alloc(rotated, ROTARY)
+    t.free(negative)
+    sine = t.alloc(rotated, ROTARY)
+    t.free(half)
+    if rotated == nbytes:
+        out = t.alloc(rotated, tag)
+        t.free(scaled, sine)
+        return out
+    part = t.alloc(rotated, ROTARY)
+    t.free(scaled, sine)
+    out = t.alloc(nbytes, tag)
+    t.free(part)
+    return out
+
+
+def activate(t: Timeline, nbytes: int, name: str) -> int:
+    """An activation function; those written in Python hold more than their output."""
+    if name in ("gelu_new", "gelu_fast", "gelu_python"):
+        halved = t.alloc(nbytes, ACTIVATION)
+        cube = t.alloc(nbytes, ACTIVATION)
+        scaled = t.alloc(nbytes, ACTIVATION)
+        t.free(cube)
+        inner = t.alloc(nbytes, ACTIVATION)
+        t.free(scaled)
+        out = t.alloc(nbytes, ACTIVATION)
+        t.free(halved, inner)
+        return out
+    if name in ("quick_gelu", "relu2", "xielu"):
+        first = t.alloc(nbytes, ACTIVATION)
+        out = t.alloc(nbytes, ACTIVATION)
+        t.free(first)
+        return out
+    return t.alloc(nbytes, ACTIVATION)

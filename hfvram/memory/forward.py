@@ -1,0 +1,45 @@
+"""One pass of a model over some tokens, as the formulas need it: sizes and dtypes, no weights."""
+
+from dataclasses import dataclass
+
+ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forward:
+    """`batch` sequences of `tokens` new tokens each, after `past` that a cache already holds.
+
+    `dtype` is what the model computes in; `masked` whether attention is given a mask of (batch, 1, tokens, past + tokens)
+    though none of its own kind would need one (padding, a static cache).
+    """
+
+    batch: int
+    tokens: int
+    past: int = 0
+    dtype: str = "bf16"
+    attention: str = "sdpa"
+    kernels: str = "fused"
+    masked: bool = False
+    quant: str = "none"
+    static_length: int = 0
+    """Tokens that a static cache holds, 0 for a dynamic one."""
+
+    @property
+    def rows(self) -> int:
+        """Tokens of all sequences: the rows of every activation."""
+        return self.batch * self.tokens
+
+    @property
+    def element_bytes(self) -> int:
+        return ELEMENT_BYTES[self.dtype]
+
+    @property
+    def half(self) -> bool:
+        return self.dtype != "fp32"
+
+    def bytes(self, width: int) -> int:
+        """An activation of this width, in the computing dtype."""
+        return self.batch * self.tokens * width * ELEMENT_BYTES[self.dtype]
+
+    def fp32_bytes(self, width: int) -> int:
+        return self.batch * self.tokens * width * 4

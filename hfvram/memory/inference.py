@@ -1,0 +1,133 @@
+"""Inference by formula: the timeline of `generate` (prefill, then decoding), of a prefill alone, or of an encoder.
+
+The layers' own allocations are in `attention`, `feed_forward` and their neighbours; here they stand in the order in
+which transformers runs them. Source: transformers 5.17, generation/utils.py and models/llama/modeling_llama.py; every
+kind of layer is held against the model's own code on the meta device.
+"""
+
+from dataclasses import replace
+
+from hfvram.memory.attention import implementation, needs_mask, stored_tokens
+from hfvram.memory.blocks import HIDDEN, normalize
+from hfvram.memory.forward import Forward
+from hfvram.memory.mixers import feed, mix
+from hfvram.memory.timeline import Tag, Timeline
+from hfvram.model.architecture import Architecture
+from hfvram.model.layers import Attention, Layer
+
+GENERATE = "transformers 5.17: generation/utils.py"
+IDS = Tag("token ids, mask and positions", "inputs", "b·s·8", GENERATE)
+ANGLES = Tag("rotary angles", "activations", "b·s·d·e", "transformers 5.17: LlamaRotaryEmbedding.forward")
+MASK = Tag("attention mask", "activations", "b·s·t", "transformers 5.17: masking_utils.py")
+LOGITS = Tag("logits", "activations", "b·V·e", GENERATE)
+WORKSPACE = Tag("cuBLAS workspace", "workspace", "", "PyTorch 2.11: CublasHandlePool.cpp, 32 MiB on Hopper")
+CUBLAS_BYTES = 32 << 20
+
+
+def generate(t: Timeline, architecture: Architecture, f: Forward, new_tokens: int) -> None:
+    """Prefill of `f.tokens` tokens a sequence, then `new_tokens` − 1 steps of one token each.
+
+    Of the steps, the first two and the last are written: between them the cache only grows.
+    """
+    prompt = f.tokens
+    caches: list[list[int]] = [[] for _ in architecture.text.layers]
+    t.mark("prefill")
+    t.alloc(3 * f.batch * prompt * 8, IDS)
+    t.alloc(CUBLAS_BYTES, WORKSPACE)
+    forward(t, architecture, f, caches)
+    t.mark("decode")
+    steps = new_tokens - 1
+    for step in sorted({1, 2, steps} & set(range(1, steps + 1))):
+        forward(t, architecture, replace(f, tokens=1, past=prompt + step - 1), caches)
+
+
+def forward(t: Timeline, architecture: Architecture, f: Forward, caches: list[list[int]]) -> None:
+    """One pass through the main stack, up to the logits of the last token."""
+    stack = architecture.text
+    embedded = t.alloc(f.bytes(stack.hidden_size), HIDDEN)
+    held = [embedded, *_angles(t, f, stack.layers), *_masks(t, f, stack.layers)]
+    hidden = embedded
+    for layer, cache in zip(stack.layers, caches, strict=True):
+        out = run_layer(t, f, layer, hidden, cache)
+        if hidden != embedded:
+            t.free(hidden)
+        hidden = out
+    if architecture.final_norm:
+        normed = normalize(t, f, stack.hidden_size, architecture.final_norm)
+        t.free(hidden)
+        hidden = normed
+    t.free(*held)
+    if architecture.head or architecture.tied_head:
+        logits = f.batch * architecture.vocab_size
+        last = [t.alloc(logits * f.element_bytes, LOGITS), t.alloc(logits * 4, LOGITS)]
+        if architecture.logits_softcap:
+            t.moment(LOGITS, logits * f.element_bytes)
+        t.free(*last)
+    t.free(hidden)
+
+
+def run_layer(t: Timeline, f: Forward, layer: Layer, hidden: int, cache: list[int]) -> int:
+    """One layer: its output's handle; `hidden`, its input, is the caller's to free."""
+    width = layer_width(layer)
+    if layer.parallel:
+        return _parallel(t, f, layer, width, cache)
+    residual, kept = hidden, []
+    for part in (layer.mixers, layer.feed_forward):
+        if not part:
+            continue
+        normed = normalize(t, f, width, layer.norm) if layer.norm_position != "post" else None
+        if part is layer.mixers:
+            out, weights = mix(t, f, layer, cache)
+            kept += weights
+        else:
+            out = feed(t, f, part)
+        if normed is not None:
+            t.free(normed)
+        if layer.norm_position != "pre":
+            after = normalize(t, f, width, layer.norm)
+            t.free(out)
+            out = after
+        total = t.alloc(f.bytes(width), HIDDEN)
+        t.free(out)
+        if residual != hidden:
+            t.free(residual)
+        residual = total
+    t.free(*kept)
+    return residual
+
+
+def _parallel(t: Timeline, f: Forward, layer: Layer, width: int, cache: list[int]) -> int:
+    normed = normalize(t, f, width, layer.norm)
+    mixed, kept = mix(t, f, layer, cache)
+    fed = feed(t, f, layer.feed_forward) if layer.feed_forward else mixed
+    both = t.alloc(f.bytes(width), HIDDEN)
+    total = t.alloc(f.bytes(width), HIDDEN)
+    t.free(both, fed, *([mixed] if fed != mixed else []), normed, *kept)
+    return total
+
+
+def layer_width(layer: Layer) -> int:
+    part = layer.mixers[0] if layer.mixers else layer.feed_forward
+    return part.hidden_size if part else 0
+
+
+def _angles(t: Timeline, f: Forward, layers: tuple[Layer, ...]) -> list[int]:
+    """Cosines and sines of every rotary size that the layers use, for all tokens."""
+    sizes = {m.rotary.dim for x in layers for m in x.mixers if isinstance(m, Attention) and m.rotary}
+    return [t.alloc(f.bytes(dim), ANGLES) for dim in sorted(sizes) for _ in range(2)]
+
+
+def _masks(t: Timeline, f: Forward, layers: tuple[Layer, ...]) -> list[int]:
+    """One mask for each kind of attention that is given one: booleans, or for eager attention an additive one."""
+    parts = {m.window: m for x in layers for m in x.mixers if isinstance(m, Attention) and m.cached}
+    masks = []
+    for part in parts.values():
+        eager = implementation(f, part) == "eager"
+        if not (eager or needs_mask(f, part)) or f.attention == "flash_attention_2":
+            continue
+        attended = f.static_length if f.static_length and f.past else stored_tokens(part, f.past, f.tokens)
+        square = f.tokens * attended
+        t.moment(MASK, square, square)
+        whole = square * (f.batch if f.masked else 1)
+        masks.append(t.alloc(whole * (f.element_bytes if eager else 1), MASK))
+    return masks
