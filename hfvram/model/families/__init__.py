@@ -19,11 +19,19 @@ MODULES: dict[str, tuple[str, ...]] = {
         *("exaone4", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "starcoder2", "stablelm", "cohere", "cohere2"),
         *("glm", "glm4"),
     ),
+    "moe": (
+        *("mixtral", "minimax_m2", "olmoe", "qwen2_moe", "qwen3_moe", "phimoe", "granitemoe", "granitemoeshared"),
+        *("gpt_oss", "glm4_moe", "ernie4_5_moe"),
+    ),
     "mamba": ("mamba", "falcon_mamba", "mamba2"),
     "jamba": ("jamba",),
     "bamba": ("bamba", "granitemoehybrid", "falcon_h1"),
     "zamba": ("zamba", "zamba2"),
     "nemotron_h": ("nemotron_h",),
+    "qwen3_next": ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"),
+    "lfm2": ("lfm2", "lfm2_moe"),
+    "recurrent_gemma": ("recurrent_gemma",),
+    "minimax": ("minimax",),
 }
 """Module of this package → the model types that it reads, each by its function `read`."""
 

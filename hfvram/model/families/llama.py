@@ -94,24 +94,12 @@ def attention(config: Config, style: Style, hidden: int, window: int | None, rot
         "window": window,
         "causal": not config.flag("use_bidirectional_attention"),
         "rotary": Rotary(dim=partial.dim, style=style.rope) if rotates else None,
-        "qk_norm": "full" if style.qk_norm == "full" else "head" if style.qk_norm else None,
+        "qk_norm": "full" if qk_norm == "full" else "head" if qk_norm else None,
         "softcap": style.softcap and bool(config.number("attn_logit_softcapping", default=0.0)),
         "bias": flag(config, style.bias),
         "out_bias": flag(config, style.out_bias),
     }
-    if not qk_norm and style.qk_norm_if is not False:
-        facts["qk_norm"] = None
-    extra: tuple[Param, ...] = ()
-    if qk_norm:
-        q, k = (f"self_attn.{name}" for name in style.qk_norm_names)
-        if qk_norm == "each":
-            extra = (
-                Param(f"{q}.weight", (heads, head_dim), "norm"),
-                Param(f"{k}.weight", (kv_heads, head_dim), "norm"),
-            )
-        else:
-            over = (head_dim, head_dim) if qk_norm == "head" else (heads * head_dim, kv_heads * head_dim)
-            extra = norm(q, over[0], style.norm_bias) + norm(k, over[1], style.norm_bias)
+    extra = qk_norms(style, qk_norm, heads, kv_heads, head_dim)
     if sinks:
         facts |= {"sinks": True, "implementations": ("eager", "flash_attention_2")}
         extra += (Param("self_attn.sinks", (heads,), "other"),)
@@ -124,6 +112,22 @@ def attention(config: Config, style: Style, hidden: int, window: int | None, rot
     return blocks.attention(
         "self_attn", hidden, heads, head_dim, kv_heads, projections=projections, extra=extra, **facts
     )
+
+
+def qk_norms(style: Style, over: str | None, heads: int, kv_heads: int, head_dim: int) -> tuple[Param, ...]:
+    """The weights of the norms of queries and keys."""
+    if over is None or not style.norm_weight:
+        return ()
+    found: tuple[Param, ...] = ()
+    for name, count in zip(style.qk_norm_names, (heads, kv_heads), strict=True):
+        name = f"self_attn.{name}"
+        if over == "list":
+            found += tuple(p for i in range(count) for p in norm(f"{name}.norms.{i}", head_dim))
+        elif over == "each":
+            found += (Param(f"{name}.weight", (count, head_dim), "norm"),)
+        else:
+            found += norm(name, head_dim if over == "head" else count * head_dim, style.norm_bias)
+    return found
 
 
 def feed_forward(config: Config, style: Style, hidden: int, width: int | None = None) -> FeedForward:

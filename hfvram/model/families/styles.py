@@ -61,8 +61,8 @@ class Style:
     mlp_bias: Flag = False
     fused_qkv: bool = False
     out: str = "o_proj"
-    qk_norm: Literal["head", "full", "each"] | None = None
-    """Over a head, over all heads together, or over a head with weights for each (Cohere)."""
+    qk_norm: Literal["head", "full", "each", "list"] | None = None
+    """Over a head, over all heads together, or over a head with weights for each, in one tensor (Cohere) or a list."""
     qk_norm_if: Flag = True
     qk_norm_names: tuple[str, str] = ("q_norm", "k_norm")
     mlp: Literal["gated", "fused", "plain"] = "gated"
@@ -118,7 +118,7 @@ STYLES: dict[str, Style] = {
     "helium": Style(bias="attention_bias", mlp_bias="mlp_bias", rope="interleaved"),
     "ernie4_5": _ERNIE,
     "hunyuan_v1_dense": _HUNYUAN,
-    "nanochat": Style(**_ATTENTION, qk_norm="head", qk_norm_if=False, norm_weight=False, mlp="plain"),
+    "nanochat": Style(**_ATTENTION, qk_norm="head", norm_weight=False, mlp="plain"),
     "olmo": Style(**_ATTENTION, norm="layer", norm_weight=False),
     "olmo2": Style(**_ATTENTION, qk_norm="full", norms=_AFTER, norm_position="post"),
     "olmo3": Style(**_ATTENTION, qk_norm="full", norms=_AFTER, norm_position="post", sliding=_every(4)),
@@ -157,7 +157,16 @@ STYLES: dict[str, Style] = {
         norm="layer",
         norm_bias=True,
     ),
-    "stablelm": Style(bias="use_qkv_bias", norm="layer", norm_bias=True, parallel="use_parallel_residual", rotary_factor=0.25),
+    "stablelm": Style(
+        bias="use_qkv_bias",
+        qk_norm="list",
+        qk_norm_if="qk_layernorm",
+        qk_norm_names=("q_layernorm", "k_layernorm"),
+        norm="layer",
+        norm_bias=True,
+        parallel="use_parallel_residual",
+        rotary_factor=0.25,
+    ),
     "cohere": Style(
         **_ATTENTION,
         qk_norm="each",

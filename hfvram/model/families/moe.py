@@ -1,0 +1,159 @@
+"""Decoders whose feed-forwards are mixtures of experts: Mixtral, Qwen-MoE, OLMoE, Phi-MoE, Granite-MoE, gpt-oss, …
+
+The experts of a layer are fused 3-D tensors in transformers 5.17 whatever the checkpoint has. What stands around them
+is in `styles.py`. Source: transformers 5.17, models/*/modeling_*.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hfvram.model.architecture import Architecture, Stack
+from hfvram.model.config import Config
+from hfvram.model.families import blocks, llama
+from hfvram.model.families.defaults import class_of, known, prefix_of
+from hfvram.model.families.styles import STYLES, flag
+from hfvram.model.layers import FeedForward, MixtureOfExperts, Param, ParamKind, linear
+
+COUNT = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+CHOSEN = ("num_experts_per_tok", "moe_k")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """How a family lays out its mixture of experts; Mixtral's values are the defaults."""
+
+    module: str = "mlp"
+    router: str = "gate"
+    router_kind: ParamKind = "other"
+    router_fp32: bool = False
+    width: str = "intermediate_size"
+    shared: str = ""
+    """Name of the shared experts' module, "" where there are none."""
+    shared_width: Callable[[Config], int] = lambda config: 0
+    sparse: Callable[[Config, int], bool] = lambda config, index: True
+    """Whether the feed-forward of this layer is a mixture."""
+
+
+def first_dense(config: Config, index: int) -> bool:
+    """DeepSeek's and GLM's rule: `mlp_layer_types`, else all but the first `first_k_dense_replace` layers."""
+    kinds = config.strings("mlp_layer_types")
+    if kinds is not None and index < len(kinds):
+        return kinds[index] == "sparse"
+    return index >= config.layers("first_k_dense_replace", default=0)
+
+
+def _qwen(config: Config, index: int) -> bool:
+    step = config.size("decoder_sparse_step", default=1)
+    return index not in (config.items("mlp_only_layers") or []) and (index + 1) % step == 0
+
+
+def _ernie(config: Config, index: int) -> bool:
+    last = config.size("moe_layer_end_index", default=-1, low=-1)
+    first = config.layers("moe_layer_start_index", default=0)
+    every = config.size("moe_layer_interval", default=1)
+    return (index + 1) % every == 0 and first <= index and (last == -1 or index <= last)
+
+
+def shared_experts(config: Config) -> int:
+    """Width of DeepSeek's and GLM's shared experts together."""
+    return config.size("moe_intermediate_size") * config.size(
+        "n_shared_experts", "moe_num_shared_experts", default=0, low=0, high=4096
+    )
+
+
+DEEPSEEK = Experts(
+    width="moe_intermediate_size",
+    router_fp32=True,
+    shared="shared_experts",
+    shared_width=shared_experts,
+    sparse=first_dense,
+)
+EXPERTS: dict[str, Experts] = {
+    "mixtral": Experts(),
+    "minimax_m2": Experts(),
+    "olmoe": Experts(),
+    "qwen3_moe": Experts(width="moe_intermediate_size", sparse=_qwen),
+    "qwen2_moe": Experts(
+        width="moe_intermediate_size",
+        shared="shared_expert",
+        shared_width=lambda config: config.size("shared_expert_intermediate_size"),
+        sparse=_qwen,
+    ),
+    "phimoe": Experts(router="router", router_kind="linear"),
+    "granitemoe": Experts(module="block_sparse_moe", router="router"),
+    "granitemoeshared": Experts(
+        module="block_sparse_moe",
+        router="router",
+        shared="shared_mlp",
+        shared_width=lambda config: config.size("shared_intermediate_size", default=0, low=0),
+    ),
+    "gpt_oss": Experts(router="router"),
+    "glm4_moe": DEEPSEEK,
+    "ernie4_5_moe": Experts(
+        width="moe_intermediate_size",
+        router_fp32=True,
+        shared="shared_experts",
+        shared_width=shared_experts,
+        sparse=_ernie,
+    ),
+}
+
+
+def read(config: Config, class_name: str | None) -> Architecture:
+    config = known(config)
+    class_name = class_of(config, class_name)
+    return llama.decoder(config, class_name, stack(config, prefix_of(config, class_name)))
+
+
+def stack(config: Config, prefix: str) -> Stack:
+    """The text stack under `prefix`."""
+    hidden = config.size("hidden_size")
+    layout, style = EXPERTS[config.model_type], STYLES[config.model_type]
+    mixture = mixture_of_experts(config, layout, hidden)
+
+    def feed(config: Config, index: int) -> FeedForward | MixtureOfExperts:
+        return mixture if layout.sparse(config, index) else llama.feed_forward(config, style, hidden)
+
+    return llama.stack(config, prefix, feed)
+
+
+def mixture_of_experts(config: Config, layout: Experts, hidden: int) -> MixtureOfExperts:
+    """The mixture of one layer, its parameters named relative to the layer."""
+    count = config.size(*COUNT)
+    width, shared = config.size(layout.width), layout.shared_width(config)
+    experts, router = f"{layout.module}.experts", f"{layout.module}.{layout.router}"
+    params = (Param(f"{router}.weight", (count, hidden), layout.router_kind),)
+    if config.model_type == "gpt_oss":
+        params += (
+            Param(f"{router}.bias", (count,), "bias"),
+            Param(f"{experts}.gate_up_proj", (count, hidden, 2 * width), "experts"),
+            Param(f"{experts}.gate_up_proj_bias", (count, 2 * width), "experts"),
+            Param(f"{experts}.down_proj", (count, width, hidden), "experts"),
+            Param(f"{experts}.down_proj_bias", (count, hidden), "experts"),
+        )
+    else:
+        params += blocks.fused_experts(experts, count, hidden, width)
+    if config.model_type == "ernie4_5_moe":
+        params += (Param(f"{router}.moe_statics.e_score_correction_bias", (1, count), "other"),)
+    if shared:
+        params += _shared(config, layout, hidden, shared)
+    return MixtureOfExperts(
+        hidden_size=hidden,
+        experts=count,
+        top_k=config.size(*CHOSEN, default=1, high=count),
+        intermediate_size=width,
+        shared_intermediate_size=shared,
+        activation=config.text("hidden_activation", "hidden_act", default="silu"),
+        router_fp32=layout.router_fp32,
+        params=params,
+    )
+
+
+def _shared(config: Config, layout: Experts, hidden: int, width: int) -> tuple[Param, ...]:
+    """The experts that every token passes, and Qwen2's gate on them."""
+    if layout.shared == "shared_mlp":
+        return linear("shared_mlp.input_linear", hidden, 2 * width) + linear("shared_mlp.output_linear", width, hidden)
+    name = f"{layout.module}.{layout.shared}"
+    bias = flag(config, STYLES[config.model_type].mlp_bias) if config.model_type in STYLES else False
+    gate = linear(f"{layout.module}.shared_expert_gate", hidden, 1) if layout.shared == "shared_expert" else ()
+    return blocks.gated_mlp(name, hidden, width, bias=bias).params + gate
