@@ -97,6 +97,8 @@ class LatentAttention:
     qk_rope_head_dim: int
     v_head_dim: int
     rotary_style: Literal["half", "interleaved", "complex"] = "complex"
+    latent_cache: bool = True
+    """The cache holds the latent vector and the rotary key; else every head's expanded keys and values (GLM-5)."""
     index_heads: int = 0
     index_head_dim: int = 0
     """Sizes of the sparse attention's indexer (DeepSeek-V3.2), 0 where there is none."""
@@ -228,6 +230,10 @@ class MixtureOfExperts:
     latent_size: int = 0
     """Width in which the routed experts work, 0 where it is `hidden_size` (Nemotron-H)."""
     router_fp32: bool = False
+    """The router's matmul is in fp32, its input cast for it (DeepSeek)."""
+    routing_fp32: bool = True
+    """The chosen experts' weights stay in fp32, and so do the weighted outputs; else they are cast to the model's dtype."""
+    expert_bias: bool = False
     fused: bool = True
     """The experts of a layer are two 3-D tensors, run by a grouped matmul; else a list of modules."""
     params: tuple[Param, ...]
