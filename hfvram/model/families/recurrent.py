@@ -29,7 +29,9 @@ def mamba1(
     norms: Literal["weighted", "bare"] | None = None,
 ) -> Mamba1:
     """A Mamba mixer. `norms` of Δ, B and C have weights in Jamba and none in Falcon-Mamba."""
-    weights = norm(f"{name}.dt_layernorm", rank) + norm(f"{name}.b_layernorm", state) + norm(f"{name}.c_layernorm", state)
+    weights = (
+        norm(f"{name}.dt_layernorm", rank) + norm(f"{name}.b_layernorm", state) + norm(f"{name}.c_layernorm", state)
+    )
     return Mamba1(
         hidden_size=hidden,
         d_inner=inner,
@@ -90,8 +92,8 @@ def mamba2_of(config: Config, name: str, hidden: int, inner: int | None = None) 
     `inner` is the width of all heads where it isn't `mamba_expand` · hidden. Raises `bad_config` where heads and head
     size don't come to that width, as transformers does.
     """
-    heads = config.size("mamba_n_heads", default=128)
-    inner = inner or config.size("mamba_expand", default=2) * hidden
+    heads = config.size("mamba_n_heads")
+    inner = inner or config.size("mamba_expand") * hidden
     head_dim = config.divided("Mamba's inner width", inner, heads)
     if config.get("mamba_d_head") not in (None, "auto", head_dim):
         raise HfvramError("bad_config", f"config.json: mamba_d_head is not {inner} ÷ {heads} heads")
@@ -101,12 +103,12 @@ def mamba2_of(config: Config, name: str, hidden: int, inner: int | None = None) 
         hidden,
         heads,
         head_dim,
-        config.size("mamba_d_state", default=256),
-        config.size("mamba_n_groups", default=1),
-        config.size("mamba_d_conv", default=4),
-        config.size("mamba_chunk_size", default=256),
+        config.size("mamba_d_state"),
+        config.size("mamba_n_groups"),
+        config.size("mamba_d_conv"),
+        config.size("mamba_chunk_size"),
         bias=bias,
-        conv_bias=config.flag("mamba_conv_bias", default=True),
+        conv_bias=config.flag("mamba_conv_bias"),
         out_bias=config.flag("projectors_bias") if config.model_type == "falcon_h1" else bias,
         gated_norm=config.model_type != "falcon_h1" or config.flag("mamba_rms_norm"),
     )
