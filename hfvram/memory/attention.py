@@ -106,7 +106,7 @@ def stored_tokens(part: Attention, past: int, new: int) -> int:
     return min(past, part.window - 1) + new
 
 
-def kernel(t: Timeline, f: Forward, part: Attention, joined: bool) -> tuple[int, int | None]:
+def kernel(t: Timeline, f: Forward, part: Attention, joined: bool, masked: bool = False) -> tuple[int, int | None]:
     """The attention itself, with what its kernel needs beside its inputs.
 
     On Hopper, PyTorch takes cuDNN (half precision, no mask, d ≤ 128), flash (d ≤ 256), memory-efficient (a mask, or
@@ -114,7 +114,7 @@ def kernel(t: Timeline, f: Forward, part: Attention, joined: bool) -> tuple[int,
     Returns the output's handle, and the weights' for eager attention.
     """
     attended = f.static_length if f.static_length and f.past else stored_tokens(part, f.past, f.tokens)
-    masked = needs_mask(f, part)
+    masked = masked or needs_mask(f, part)
     q_bytes = f.batch * f.tokens * part.heads * part.head_dim * f.element_bytes
     out_bytes = f.batch * f.tokens * part.heads * part.value_dim * f.element_bytes
     repeated = [f.batch * attended * part.heads * d * f.element_bytes for d in (part.head_dim, part.value_dim)]

@@ -14,6 +14,7 @@ PRODUCT = Tag("feed-forward, product", "activations", "b·s·f·e", "transformer
 ROUTER = Tag("router", "activations", "b·s·E·4", "transformers 5.17: MixtralTopKRouter.forward")
 CHOSEN = Tag("experts, tokens by expert", "activations", "b·s·k·h·e", "transformers 5.17: grouped_mm_experts_forward")
 EXPERT = Tag("experts, gate and up", "activations", "b·s·k·2·f·e", "transformers 5.17: grouped_mm_experts_forward")
+WEIGHTED = Tag("experts, weighted outputs", "activations", "b·s·k·h·4", "transformers 5.17: grouped_mm_experts_forward")
 EXPERT_PRODUCT = Tag("experts, product", "activations", "b·s·k·f·e", "transformers 5.17: grouped_mm_experts_forward")
 
 
@@ -39,3 +40,73 @@ def feed_forward(t: Timeline, f: Forward, part: FeedForward) -> int:
     out = t.alloc(f.bytes(part.hidden_size), HIDDEN)
     t.free(product)
     return out
+
+
+def mixture(t: Timeline, f: Forward, part: MixtureOfExperts) -> int:
+    """Routed experts by a grouped matmul over tokens sorted by expert, and the shared expert. Returns the output's handle.
+
+    Every token is copied for each of its k experts; the widest moment holds gate and up twice (a masked copy), or the
+    outputs in the routing weights' dtype twice (weighted, then put back in order).
+    """
+    chosen = f.rows * part.top_k
+    e = f.element_bytes
+    routed = _route(t, f, part)
+    tokens = t.alloc(chosen * part.hidden_size * e, CHOSEN)
+    width = chosen * part.intermediate_size * e
+    wide = width * (2 if part.gated else 1)
+    first = t.alloc(wide, EXPERT)
+    if part.expert_bias:
+        t.moment(EXPERT, wide)
+    masked = t.alloc(wide, EXPERT)
+    t.free(first)
+    product = activate(t, width, part.activation)
+    if part.gated:
+        t.moment(EXPERT_PRODUCT, width)
+        gated = t.alloc(width, EXPERT_PRODUCT)
+        t.free(product)
+        product = gated
+    t.free(masked)
+    down = t.alloc(chosen * part.hidden_size * e, CHOSEN)
+    t.free(product)
+    out = t.alloc(chosen * part.hidden_size * e, CHOSEN)
+    t.free(down)
+    weighted_bytes = chosen * part.hidden_size * (4 if part.routing_fp32 else e)
+    weighted = t.alloc(weighted_bytes, WEIGHTED)
+    ordered = t.alloc(weighted_bytes, WEIGHTED)
+    t.free(weighted)
+    total = t.alloc(weighted_bytes // part.top_k, WEIGHTED)
+    if part.routing_fp32 and f.half:
+        cast = t.alloc(f.bytes(part.hidden_size), HIDDEN)
+        t.free(tokens, out, ordered, total)
+        total = cast
+    else:
+        t.free(tokens, out, ordered)
+    if part.shared_intermediate_size:
+        total = _shared(t, f, part, total)
+    t.free(*routed)
+    return total
+
+
+def _route(t: Timeline, f: Forward, part: MixtureOfExperts) -> list[int]:
+    """Logits and probabilities of every expert, and the indices that put tokens in the experts' order."""
+    if part.router_fp32 and f.half:
+        t.moment(ROUTER, f.fp32_bytes(part.hidden_size))
+    logits = t.alloc(f.rows * part.experts * (4 if part.router_fp32 else f.element_bytes), ROUTER)
+    t.moment(ROUTER, f.fp32_bytes(part.experts), f.fp32_bytes(part.experts))
+    return [logits, *[t.alloc(f.rows * part.top_k * 8, ROUTER) for _ in range(4)]]
+
+
+def _shared(t: Timeline, f: Forward, part: MixtureOfExperts, routed: int) -> int:
+    """The shared expert, and its sum with the routed ones."""
+    width = f.bytes(part.shared_intermediate_size)
+    gate = t.alloc(width, WIDE)
+    act = activate(t, width, part.activation)
+    t.free(gate)
+    up = t.alloc(width, WIDE)
+    product = t.alloc(width, PRODUCT)
+    t.free(act, up)
+    shared = t.alloc(f.bytes(part.hidden_size), HIDDEN)
+    t.free(product)
+    total = t.alloc(f.bytes(part.hidden_size), HIDDEN)
+    t.free(shared, routed)
+    return total

@@ -10,10 +10,10 @@ from dataclasses import replace
 from hfvram.memory.attention import implementation, needs_mask, stored_tokens
 from hfvram.memory.blocks import HIDDEN, normalize
 from hfvram.memory.forward import Forward
-from hfvram.memory.mixers import feed, mix
+from hfvram.memory.mixers import feed, grow_cache, mix
 from hfvram.memory.timeline import Tag, Timeline
 from hfvram.model.architecture import Architecture
-from hfvram.model.layers import Attention, Layer
+from hfvram.model.layers import Attention, LatentAttention, Layer
 
 GENERATE = "transformers 5.17: generation/utils.py"
 IDS = Tag("token ids, mask and positions", "inputs", "b·s·8", GENERATE)
@@ -42,12 +42,20 @@ def generate(t: Timeline, architecture: Architecture, f: Forward, new_tokens: in
 
 
 def forward(t: Timeline, architecture: Architecture, f: Forward, caches: list[list[int]]) -> None:
-    """One pass through the main stack, up to the logits of the last token."""
+    """One pass through the main stack, up to the logits of the last token.
+
+    While decoding, a layer like one that was written already only grows its cache: the rest is alike and small.
+    """
     stack = architecture.text
     embedded = t.alloc(f.bytes(stack.hidden_size), HIDDEN)
     held = [embedded, *_angles(t, f, stack.layers), *_masks(t, f, stack.layers)]
     hidden = embedded
+    written: set[int] = set()
     for layer, cache in zip(stack.layers, caches, strict=True):
+        if f.past and id(layer) in written:
+            grow_cache(t, f, layer, cache)
+            continue
+        written.add(id(layer))
         out = run_layer(t, f, layer, hidden, cache)
         if hidden != embedded:
             t.free(hidden)
@@ -113,7 +121,9 @@ def layer_width(layer: Layer) -> int:
 
 def _angles(t: Timeline, f: Forward, layers: tuple[Layer, ...]) -> list[int]:
     """Cosines and sines of every rotary size that the layers use, for all tokens."""
-    sizes = {m.rotary.dim for x in layers for m in x.mixers if isinstance(m, Attention) and m.rotary}
+    mixers = {id(m): m for x in layers for m in x.mixers}.values()
+    sizes = {m.rotary.dim for m in mixers if isinstance(m, Attention) and m.rotary}
+    sizes |= {m.qk_rope_head_dim for m in mixers if isinstance(m, LatentAttention)}
     return [t.alloc(f.bytes(dim), ANGLES) for dim in sorted(sizes) for _ in range(2)]
 
 

@@ -1,10 +1,11 @@
 """Which function writes the memory of which kind of layer: the one place where kinds and their formulas meet."""
 
-from hfvram.memory.attention import attention
-from hfvram.memory.feed_forward import feed_forward
+from hfvram.memory.attention import attention, grow
+from hfvram.memory.feed_forward import feed_forward, mixture
 from hfvram.memory.forward import Forward
+from hfvram.memory.latent import cached_attention, latent_attention
 from hfvram.memory.timeline import Timeline
-from hfvram.model.layers import Attention, FeedForward, Layer, MixtureOfExperts
+from hfvram.model.layers import Attention, FeedForward, LatentAttention, Layer, MixtureOfExperts
 
 
 def mix(t: Timeline, f: Forward, layer: Layer, cache: list[int]) -> tuple[int, list[int]]:
@@ -13,11 +14,23 @@ def mix(t: Timeline, f: Forward, layer: Layer, cache: list[int]) -> tuple[int, l
     if isinstance(part, Attention):
         out, kept = attention(t, f, part, cache)
         return out, [] if kept is None else [kept]
+    if isinstance(part, LatentAttention):
+        out, kept = latent_attention(t, f, part, cache)
+        return out, [] if kept is None else [kept]
     raise NotImplementedError(type(part))
+
+
+def grow_cache(t: Timeline, f: Forward, layer: Layer, cache: list[int]) -> None:
+    """What a step does to a layer's cache, and nothing else: for layers whose step was written once already."""
+    for part in layer.mixers:
+        if isinstance(part, LatentAttention):
+            grow(t, f, cached_attention(part), cache)
+        elif isinstance(part, Attention) and part.cached:
+            grow(t, f, part, cache)
 
 
 def feed(t: Timeline, f: Forward, part: FeedForward | MixtureOfExperts) -> int:
     """The feed-forward of a layer. Returns the output's handle."""
     if isinstance(part, FeedForward):
         return feed_forward(t, f, part)
-    raise NotImplementedError(type(part))
+    return mixture(t, f, part)
