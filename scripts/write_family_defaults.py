@@ -23,7 +23,7 @@ from hfvram.model.families import MODULES
 TARGET = Path(__file__).parent.parent / "hfvram/model/families/defaults.json"
 # Keys that say nothing about sizes: losses, dropout, generation, processors.
 LEFT_OUT = re.compile(
-    r"token_id|_token_index|dropout|drop_rate|initializer|_eps$|^eps$|epsilon|loss|^output_|^return_dict|use_cache|pdrop|_std$|"
+    r"token_id|_token_index|dropout|drop_rate|initializer|_eps$|^eps$|epsilon|loss|^output_|^return_dict|pdrop|_std$|"
     r"pretraining_tp|_coef|^is_|chunk_size_feed|summary_|_multiplier$|clip_min|scale_factor|^transformers_version|"
     r"problem_type|^mask_|apply_spec|codevector|_token$|^rope_theta$|^std_|_fixed_|jitter|ctc_|^architectures$|theta|^dtype$"
 )
@@ -71,6 +71,8 @@ def facts(model_type: str, known: dict[str, Any]) -> None:
     defaults = {
         f.name: f.default for f in dataclasses.fields(kind) if plain(f.default) and not LEFT_OUT.search(f.name)
     }
+    if defaults.get("use_cache") is True:
+        del defaults["use_cache"]
     known[model_type] = entry = {
         "classes": classes(model_type),
         "aliases": {k: v for k, v in kind.attribute_map.items() if not LEFT_OUT.search(k)},

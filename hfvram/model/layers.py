@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import ClassVar, Literal
 
-ParamKind = Literal["linear", "experts", "embedding", "head", "norm", "bias", "conv", "other", "buffer"]
+ParamKind = Literal["linear", "linear_subclass", "experts", "embedding", "head", "norm", "bias", "conv", "other", "buffer"]
 Activation = str  # transformers' ACT2FN names: "silu", "gelu", "gelu_new", "relu2", …
 
 
@@ -17,8 +17,9 @@ Activation = str  # transformers' ACT2FN names: "silu", "gelu", "gelu_new", "rel
 class Param:
     """One tensor of a built model: transformers' name for it, its shape in elements, and what it is.
 
-    `kind` decides what happens to it: only `linear` is quantized by bitsandbytes, `buffer` is not counted as a
-    parameter, `experts` are the fused tensors of a mixture of experts. `dtype` is None for the model's own.
+    `kind` decides what happens to it: only `linear` (exactly `nn.Linear`, or GPT-2's `Conv1D`) is quantized by
+    bitsandbytes; a `linear_subclass` (Falcon's, some routers) is a target of LoRA alone; `buffer` is not counted as a
+    parameter; `experts` are the fused tensors of a mixture of experts. `dtype` is None for the model's own.
     """
 
     name: str

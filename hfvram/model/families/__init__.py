@@ -23,6 +23,7 @@ MODULES: dict[str, tuple[str, ...]] = {
         *("mixtral", "minimax_m2", "olmoe", "qwen2_moe", "qwen3_moe", "phimoe", "granitemoe", "granitemoeshared"),
         *("gpt_oss", "glm4_moe", "ernie4_5_moe"),
     ),
+    "gpt": ("gpt2", "gpt_bigcode", "gpt_neo", "gptj", "codegen", "gpt_neox", "opt", "bloom", "falcon", "mpt"),
     "mamba": ("mamba", "falcon_mamba", "mamba2"),
     "jamba": ("jamba",),
     "bamba": ("bamba", "granitemoehybrid", "falcon_h1"),

@@ -36,18 +36,26 @@ def architecture_class(config: Config, class_name: str | None, default: str) -> 
 
 
 def causal_head(
-    config: Config, class_name: str, hidden: int, vocab: int, bias: bool = False, tied_by_default: bool = False
+    config: Config,
+    class_name: str,
+    hidden: int,
+    vocab: int,
+    bias: bool = False,
+    tied_by_default: bool = False,
+    token_head: str = "score",
 ) -> tuple[tuple[Param, ...], bool, str]:
     """Head of a decoder's class: its parameters, whether it is tied to the embedding, and the prefix of the base model.
 
-    `…ForCausalLM` has `lm_head`, tied or not; `…ForSequenceClassification` and `…ForTokenClassification` a `score` of
-    `num_labels`; a bare `…Model` has none, and its names no `model.` prefix.
+    `…ForCausalLM` and `…LMHeadModel` have `lm_head`, tied or not; `…ForSequenceClassification` a `score` of
+    `num_labels`, `…ForTokenClassification` a `token_head`; a bare `…Model` has none, and its names no prefix.
     """
-    if class_name.endswith(("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")):
-        sequence = class_name.endswith("ForSequenceClassification")
-        name, has_bias = ("score", not sequence) if not class_name.endswith("ForQuestionAnswering") else ("qa_outputs", True)
-        return linear(name, hidden, num_labels(config), has_bias, kind="head"), False, "model."
-    if class_name.endswith("Model"):
+    if class_name.endswith("ForSequenceClassification"):
+        return linear("score", hidden, num_labels(config), kind="head"), False, "model."
+    if class_name.endswith("ForTokenClassification"):
+        return linear(token_head, hidden, num_labels(config), True, kind="head"), False, "model."
+    if class_name.endswith("ForQuestionAnswering"):
+        return linear("qa_outputs", hidden, 2, True, kind="head"), False, "model."
+    if class_name.endswith("Model") and not class_name.endswith("LMHeadModel"):
         return (), False, ""
     tied = config.flag("tie_word_embeddings", default=tied_by_default)
     weight = () if tied else (Param("lm_head.weight", (vocab, hidden), "head"),)

@@ -79,7 +79,7 @@ EXPERTS: dict[str, Experts] = {
         shared_width=lambda config: config.size("shared_expert_intermediate_size"),
         sparse=_qwen,
     ),
-    "phimoe": Experts(router="router", router_kind="linear"),
+    "phimoe": Experts(router="router", router_kind="linear_subclass"),
     "granitemoe": Experts(module="block_sparse_moe", router="router"),
     "granitemoeshared": Experts(
         module="block_sparse_moe",

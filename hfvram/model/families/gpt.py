@@ -1,0 +1,323 @@
+"""The GPT line before Llama: GPT-2, GPT-BigCode, GPT-Neo, GPT-J, CodeGen, GPT-NeoX, OPT, BLOOM, Falcon, MPT.
+
+LayerNorm, a feed-forward without a gate, positions that are learned, rotated or a bias, projections often fused.
+Source: transformers 5.17, models/*/modeling_*.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from hfvram.errors import HfvramError
+from hfvram.model.architecture import Architecture, Stack
+from hfvram.model.config import Config
+from hfvram.model.families import blocks
+from hfvram.model.families.common import causal_head, dtype_of, max_positions, rotary
+from hfvram.model.families.defaults import class_of, known, prefix_of
+from hfvram.model.layers import FeedForward, Layer, Param, Rotary, linear, norm
+
+EAGER = {"implementations": ("eager",)}
+EAGER_OR_FLASH = {"implementations": ("eager", "flash_attention_2")}
+
+
+class Decoder(NamedTuple):
+    """A decoder's layers, and what stands before and after them, names relative to the base model."""
+
+    layers: tuple[Layer, ...]
+    before: tuple[Param, ...]
+    after: tuple[Param, ...]
+    module: str = "h"
+    head_bias: bool = False
+    head_width: int | None = None
+    token_head: str = "classifier"
+
+
+def read(config: Config, class_name: str | None) -> Architecture:
+    config = known(config)
+    class_name = class_of(config, class_name)
+    prefix, vocab = prefix_of(config, class_name), config.size("vocab_size")
+    hidden = config.size("n_embed", "hidden_size")
+    decoder = DECODERS[config.model_type](config, hidden)
+    head, tied, _ = causal_head(
+        config, class_name, decoder.head_width or hidden, vocab, decoder.head_bias, token_head=decoder.token_head
+    )
+    stack = Stack(
+        name="text",
+        prefix=f"{prefix}{decoder.module}",
+        hidden_size=hidden,
+        before=tuple(replace(p, name=prefix + p.name) for p in decoder.before),
+        layers=decoder.layers,
+        after=tuple(replace(p, name=prefix + p.name) for p in decoder.after),
+    )
+    return Architecture(
+        model_type=config.model_type,
+        class_name=class_name,
+        task="causal",
+        stacks=(stack,),
+        main="text",
+        vocab_size=vocab,
+        hidden_size=hidden,
+        max_positions=max_positions(config),
+        dtype=dtype_of(config),
+        head=head,
+        tied_head=tied,
+        final_norm="layer",
+    )
+
+
+def heads_of(config: Config, hidden: int) -> dict[str, Any]:
+    """Attention heads and their size: hidden ÷ heads, whatever else the configuration may say."""
+    heads = config.size("num_attention_heads")
+    return {"heads": heads, "head_dim": config.divided("hidden_size", hidden, heads)}
+
+
+def positions_of(config: Config) -> int:
+    return config.size("max_position_embeddings", high=1 << 24)
+
+
+def inner(config: Config, hidden: int) -> int:
+    """Width of the feed-forward: 4·hidden unless the configuration gives another."""
+    return config.size("n_inner", "intermediate_size", default=4 * hidden)
+
+
+def layer(attention: Any, feed: FeedForward, params: tuple[Param, ...], parallel: bool = False) -> Layer:
+    return Layer(mixers=(attention,), feed_forward=feed, norm="layer", parallel=parallel, params=params)
+
+
+def two_norms(first: str, second: str, hidden: int, bias: bool = True) -> tuple[Param, ...]:
+    return norm(first, hidden, bias) + norm(second, hidden, bias)
+
+
+def gpt2(config: Config, hidden: int) -> Decoder:
+    """GPT-2 and GPT-BigCode; GPT-2's projections are `Conv1D`, whose weights lie the other way round."""
+    width, activation = inner(config, hidden), config.text("activation_function", default="gelu_new")
+    kv_heads = None
+    before = blocks.embedding("wte", config.size("vocab_size"), hidden) + blocks.embedding(
+        "wpe", positions_of(config), hidden
+    )
+    if config.model_type == "gpt_bigcode":
+        kv_heads = 1 if config.flag("multi_query", default=True) else None
+        before += (Param("bias", (positions_of(config),) * 2, "buffer", "bool"),)
+    attention = blocks.fused_attention(
+        "attn", hidden, **heads_of(config, hidden), kv_heads=kv_heads, bias=True, projections=("c_attn", "c_proj")
+    )
+    feed = blocks.mlp("mlp.c_fc", "mlp.c_proj", hidden, width, activation)
+    if config.model_type == "gpt2":
+        attention = replace(attention, params=_transposed(attention.params))
+        feed = replace(feed, params=_transposed(feed.params))
+    if config.flag("add_cross_attention"):
+        raise HfvramError("unknown_architecture", f"{config.model_type} with cross attention is not known")
+    block = layer(attention, feed, two_norms("ln_1", "ln_2", hidden))
+    return Decoder((block,) * config.layers("num_hidden_layers"), before, norm("ln_f", hidden, True))
+
+
+def _transposed(params: tuple[Param, ...]) -> tuple[Param, ...]:
+    return tuple(replace(p, shape=p.shape[::-1]) for p in params)
+
+
+def gpt_neo(config: Config, hidden: int) -> Decoder:
+    """Layers take turns with full and local attention; each keeps a causal mask of all positions."""
+    layers, positions = config.layers("num_layers"), positions_of(config)
+    kinds = _attention_types(config, layers)
+    feed = blocks.mlp(
+        "mlp.c_fc", "mlp.c_proj", hidden, inner(config, hidden), config.text("activation_function", default="gelu_new")
+    )
+    mask = Param("attn.attention.bias", (1, 1, positions, positions), "buffer", "bool")
+    attention = blocks.attention(
+        "attn.attention",
+        hidden,
+        **heads_of(config, hidden),
+        out_bias=True,
+        projections=("q_proj", "k_proj", "v_proj", "out_proj"),
+        extra=(mask,),
+        **EAGER_OR_FLASH,
+    )
+    # A local layer hides what lies outside its window by its mask; its cache still holds everything.
+    block = layer(attention, feed, two_norms("ln_1", "ln_2", hidden))
+    before = blocks.embedding("wte", config.size("vocab_size"), hidden) + blocks.embedding("wpe", positions, hidden)
+    return Decoder((block,) * len(kinds), before, norm("ln_f", hidden, True))
+
+
+def _attention_types(config: Config, layers: int) -> list[str]:
+    """`[[["global", "local"], 12]]` written out; of two known words, as many as there are layers."""
+    kinds: list[str] = []
+    for item in config.items("attention_types") or [[["global", "local"], 12]]:
+        if not (isinstance(item, list) and len(item) == 2 and isinstance(item[0], list) and isinstance(item[1], int)):
+            raise HfvramError("bad_config", "config.json: attention_types is not a list of [kinds, count]")
+        kinds += [str(kind) for kind in item[0]] * min(max(item[1], 0), 4096)
+    if len(kinds) != layers:
+        raise HfvramError("bad_config", f"config.json: attention_types describes {len(kinds)} layers of {layers}")
+    if strange := set(kinds) - {"global", "local"}:
+        raise HfvramError("unknown_architecture", f"layer kind {min(strange)!r} of gpt_neo is not known")
+    return kinds
+
+
+def gptj(config: Config, hidden: int) -> Decoder:
+    """GPT-J and CodeGen: attention and feed-forward side by side, rotary positions as a table in every layer."""
+    sizes = heads_of(config, hidden)
+    rotary_dim = config.size("rotary_dim", default=hidden, low=0) or hidden
+    table = Param("attn.embed_positions", (positions_of(config), rotary_dim), "buffer", "fp32")
+    # The whole width is the rotary table's where `rotary_dim` is null, but each head turns its own size.
+    style: dict[str, Any] = {"rotary": Rotary(dim=min(rotary_dim, sizes["head_dim"]), style="interleaved"), "extra": (table,)}
+    if config.model_type == "gptj":
+        attention = blocks.attention(
+            "attn",
+            hidden,
+            **sizes,
+            projections=("q_proj", "k_proj", "v_proj", "out_proj"),
+            **style,
+            **EAGER_OR_FLASH,
+        )
+    else:
+        attention = blocks.fused_attention("attn", hidden, **sizes, projections=("qkv_proj", "out_proj"), **style, **EAGER)
+    feed = blocks.mlp(
+        "mlp.fc_in", "mlp.fc_out", hidden, inner(config, hidden), config.text("activation_function", default="gelu_new")
+    )
+    block = layer(attention, feed, norm("ln_1", hidden, True), parallel=True)
+    before = blocks.embedding("wte", config.size("vocab_size"), hidden)
+    layers = config.layers("num_hidden_layers")
+    return Decoder((block,) * layers, before, norm("ln_f", hidden, True), head_bias=True)
+
+
+def gpt_neox(config: Config, hidden: int) -> Decoder:
+    sizes, bias = heads_of(config, hidden), config.flag("attention_bias", default=True)
+    attention = blocks.fused_attention(
+        "attention",
+        hidden,
+        **sizes,
+        bias=bias,
+        projections=("query_key_value", "dense"),
+        rotary=rotary(config, sizes["head_dim"], 0.25),
+    )
+    feed = blocks.mlp(
+        "mlp.dense_h_to_4h", "mlp.dense_4h_to_h", hidden, inner(config, hidden), config.text("hidden_act", default="gelu")
+    )
+    block = layer(
+        attention,
+        feed,
+        two_norms("input_layernorm", "post_attention_layernorm", hidden),
+        parallel=config.flag("use_parallel_residual", default=True),
+    )
+    before = blocks.embedding("embed_in", config.size("vocab_size"), hidden)
+    after = norm("final_layer_norm", hidden, True)
+    return Decoder((block,) * config.layers("num_hidden_layers"), before, after, module="layers")
+
+
+def opt(config: Config, hidden: int) -> Decoder:
+    """Learned positions, two of them reserved; OPT-350m norms after, and projects its narrower embedding."""
+    bias, affine = config.flag("enable_bias", default=True), config.flag("layer_norm_elementwise_affine", default=True)
+    first = config.flag("do_layer_norm_before", default=True)
+    narrow = config.size("word_embed_proj_dim", default=hidden)
+    attention = blocks.attention(
+        "self_attn",
+        hidden,
+        **heads_of(config, hidden),
+        bias=bias,
+        projections=("q_proj", "k_proj", "v_proj", "out_proj"),
+    )
+    feed = blocks.mlp(
+        "fc1", "fc2", hidden, config.size("ffn_dim"), config.text("activation_function", default="relu"), bias
+    )
+    norms = two_norms("self_attn_layer_norm", "final_layer_norm", hidden) if affine else ()
+    block = replace(layer(attention, feed, norms), norm_position="pre" if first else "post")
+    before = blocks.embedding("decoder.embed_tokens", config.size("vocab_size"), narrow) + blocks.embedding(
+        "decoder.embed_positions", positions_of(config) + 2, hidden
+    )
+    if narrow != hidden:
+        before += linear("decoder.project_out", hidden, narrow) + linear("decoder.project_in", narrow, hidden)
+    last = first and affine and not config.flag("_remove_final_layer_norm")
+    after = norm("decoder.final_layer_norm", hidden, True) if last else ()
+    layers = config.layers("num_hidden_layers")
+    return Decoder((block,) * layers, before, after, "decoder.layers", head_width=narrow, token_head="score")
+
+
+def bloom(config: Config, hidden: int) -> Decoder:
+    """Positions are a bias (ALiBi); a norm follows the embedding."""
+    attention = blocks.fused_attention(
+        "self_attention",
+        hidden,
+        **heads_of(config, hidden),
+        bias=True,
+        projections=("query_key_value", "dense"),
+        position_bias=True,
+        **EAGER,
+    )
+    feed = blocks.mlp("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", hidden, 4 * hidden, "gelu")
+    block = layer(attention, feed, two_norms("input_layernorm", "post_attention_layernorm", hidden))
+    before = blocks.embedding("word_embeddings", config.size("vocab_size"), hidden) + norm(
+        "word_embeddings_layernorm", hidden, True
+    )
+    return Decoder((block,) * config.layers("num_hidden_layers"), before, norm("ln_f", hidden, True))
+
+
+def falcon(config: Config, hidden: int) -> Decoder:
+    """Falcon-7B shares one key and value head; the new decoder (40B, 180B) has groups of them and a norm for each branch."""
+    sizes, bias = heads_of(config, hidden), config.flag("bias")
+    new, parallel = config.flag("new_decoder_architecture"), config.flag("parallel_attn", default=True)
+    alibi = config.flag("alibi")
+    if new:
+        kv_heads = config.size("num_kv_heads", default=sizes["heads"])
+    else:
+        kv_heads = 1 if config.flag("multi_query", default=True) else sizes["heads"]
+    attention = blocks.fused_attention(
+        "self_attention",
+        hidden,
+        **sizes,
+        kv_heads=kv_heads,
+        bias=bias,
+        projections=("query_key_value", "dense"),
+        rotary=None if alibi else rotary(config, sizes["head_dim"]),
+        position_bias=alibi,
+    )
+    width = config.size("ffn_hidden_size", default=4 * hidden)
+    feed = blocks.mlp(
+        "mlp.dense_h_to_4h", "mlp.dense_4h_to_h", hidden, width, config.text("activation", default="gelu"), bias
+    )
+    norms = config.size("num_ln_in_parallel_attn", default=2 if new else 1)
+    if not parallel:
+        params = two_norms("post_attention_layernorm", "input_layernorm", hidden)
+    else:
+        params = two_norms("ln_attn", "ln_mlp", hidden) if norms == 2 else norm("input_layernorm", hidden, True)
+    block = layer(
+        replace(attention, params=_own_linear(attention.params)),
+        replace(feed, params=_own_linear(feed.params)),
+        params,
+        parallel=parallel or new,
+    )
+    before = blocks.embedding("word_embeddings", config.size("vocab_size"), hidden)
+    return Decoder((block,) * config.layers("num_hidden_layers"), before, norm("ln_f", hidden, True))
+
+
+def _own_linear(params: tuple[Param, ...]) -> tuple[Param, ...]:
+    """Falcon's layers are a subclass of `nn.Linear`."""
+    return tuple(replace(p, kind="linear_subclass") if p.kind == "linear" else p for p in params)
+
+
+def mpt(config: Config, hidden: int) -> Decoder:
+    """ALiBi, and no bias anywhere."""
+    attention = blocks.fused_attention(
+        "attn",
+        hidden,
+        **heads_of(config, hidden),
+        projections=("Wqkv", "out_proj"),
+        position_bias=True,
+        **EAGER,
+    )
+    feed = blocks.mlp("ffn.up_proj", "ffn.down_proj", hidden, 4 * hidden, "gelu", bias=False)
+    block = layer(attention, feed, two_norms("norm_1", "norm_2", hidden, bias=False))
+    before = blocks.embedding("wte", config.size("vocab_size"), hidden)
+    return Decoder((block,) * config.layers("num_hidden_layers"), before, norm("norm_f", hidden), module="blocks")
+
+
+DECODERS: dict[str, Callable[[Config, int], Decoder]] = {
+    "gpt2": gpt2,
+    "gpt_bigcode": gpt2,
+    "gpt_neo": gpt_neo,
+    "gptj": gptj,
+    "codegen": gptj,
+    "gpt_neox": gpt_neox,
+    "opt": opt,
+    "bloom": bloom,
+    "falcon": falcon,
+    "mpt": mpt,
+}
