@@ -2,6 +2,7 @@
 
 import functools
 import json
+import platform
 import random
 import re
 import time
@@ -93,7 +94,7 @@ class Hub:
         if author:
             url += f"&author={quote(author, safe='')}"
         found = self._json(url, None)
-        names = [m.get("id") for m in found if isinstance(m, dict)] if isinstance(found, list) else []
+        names = [str(m.get("id")) for m in found if isinstance(m, dict)] if isinstance(found, list) else []
         return [name for name in names if is_repo_id(name)]
 
     def text(self, repo: RepoName, path: str) -> bytes | None:
@@ -243,18 +244,23 @@ def _client(plain: bool) -> "httpx.Client":
 
 
 def _hub_headers(token: str | None) -> dict[str, str]:
-    """User agent and, where there is one, the token that the ecosystem's places hold."""
-    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # exported by __getattr__
+    """User agent and, where there is one, the token given or the one that huggingface_hub finds.
+
+    Not by huggingface_hub's `build_hf_headers`: that may ask the Hub something of its own first.
+    """
+    from huggingface_hub import __version__ as hub_version
+    from huggingface_hub import constants, get_token
 
     from hfvram import __version__
 
     try:
-        headers = build_hf_headers(token=token, library_name="hfvram", library_version=__version__)
+        token = token or (None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token())
     except Exception as e:  # a login that has to be renewed, and can't be: many kinds, of huggingface_hub and below
         raise HfvramError("unauthorized", f"no token could be had: {e}") from None
-    if not re.fullmatch(r"(Bearer [\x21-\x7e]+)?", headers.get("authorization", "")):
+    headers = {"user-agent": f"hfvram/{__version__}; hf_hub/{hub_version}; python/{platform.python_version()}"}
+    if token and not re.fullmatch(r"[\x21-\x7e]+", token):
         raise HfvramError("unauthorized", "the token holds characters that no token has: check --token and HF_TOKEN")
-    return headers
+    return {**headers, "authorization": f"Bearer {token}"} if token else headers
 
 
 def _counts(value: Any) -> Mapping[str, int] | None:
