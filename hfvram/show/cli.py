@@ -1,0 +1,255 @@
+"""The command line: data to stdout, notices and errors to stderr, one line each, and an exit code to gate on.
+
+0: answered, and where a GPU is named it fits. 1: a model can't be had or understood. 2: usage. 3: it does not fit; of
+several answers, one does not; where `--max-ctx` is the question (no `--ctx`), not even 1 does; `--max-batch` too.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Collection, Iterator
+from itertools import product
+from typing import Any
+
+import click
+
+from hfvram import __version__
+from hfvram.answer.estimate import Estimate, Fit, error_dict
+from hfvram.errors import EXIT_DOES_NOT_FIT, EXIT_FAILED, EXIT_OK, HfvramError, printable
+from hfvram.request import Request
+from hfvram.show.json import dumps
+from hfvram.show.layout import coloured, plain
+from hfvram.show.options import GRID, LATER, GroupedCommand, options
+from hfvram.show.table import Row
+from hfvram.units import GiB
+
+SOURCE = ("revision", "token", "offline", "file")
+"""Options that say how a model is read; all that are neither these nor OUTPUT make the request."""
+
+OUTPUT = ("json", "markdown", "csv", "explain", "quiet")
+LATER_COMMANDS = ("card", "web", "sweep", "measure", "mcp")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `hfvram ARGS` and return its exit code."""
+    args = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        name = args[0] if args and args[0] in COMMANDS else None
+        command = COMMANDS[name] if name else ask
+        code = command.main(args[1:] if name else args, f"hfvram {name}" if name else "hfvram", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else EXIT_OK
+    except HfvramError as error:
+        return _failed(error, args)
+    except click.ClickException as error:
+        return _failed(HfvramError("usage", error.format_message()), args)
+    except (click.Abort, KeyboardInterrupt):
+        return 130
+    except BrokenPipeError:  # the reader has seen enough: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if os.environ.get("HFVRAM_DEBUG") == "1":
+            raise
+        message = f"internal error, {type(error).__name__}: {error} (HFVRAM_DEBUG=1 shows where; please report it)"
+        return _told("internal", message, EXIT_FAILED, args)
+
+
+def _failed(error: HfvramError, args: list[str]) -> int:
+    if os.environ.get("HFVRAM_DEBUG") == "1":
+        import traceback
+
+        traceback.print_exception(error)
+    return _told(error.kind, error.message, error.exit_code, args)
+
+
+def _told(kind: str, message: str, code: int, args: list[str]) -> int:
+    _note(message)
+    if "--json" in args:
+        click.echo(dumps(error_dict(kind, message)))
+    return code
+
+
+def _note(message: str) -> None:
+    click.echo(f"hfvram: {printable(message)}", err=True)
+
+
+@click.pass_context
+def _ask(ctx: click.Context, /, models: tuple[str, ...], **values: Any) -> int:
+    given = {k: v for k, v in values.items() if ctx.get_parameter_source(k) is click.core.ParameterSource.COMMANDLINE}
+    for name in LATER:
+        if name in given:
+            raise HfvramError("usage", f"--{name.replace('_', '-')} is not supported yet by hfvram {__version__}")
+    if not models:
+        raise HfvramError("usage", "which model? As in: hfvram mistralai/Mixtral-8x7B --mode inference --ctx 8192")
+    for word in (models[0], *(m for m in models if m in COMMANDS)):
+        if word in LATER_COMMANDS:
+            raise HfvramError("usage", f"the command {word} is not supported yet by hfvram {__version__}")
+        if word in COMMANDS:
+            raise HfvramError("usage", f"the command comes first: hfvram {word} …")
+    output = {k for k in OUTPUT if given.get(k)}
+    if len(output - {"quiet"}) > 1:
+        raise HfvramError("usage", f"one of {', '.join(f'--{k}' for k in sorted(output - {'quiet'}))} at a time")
+    source = {k: v for k, v in given.items() if k in SOURCE}
+    asked = {k: v for k, v in given.items() if k not in SOURCE + OUTPUT}
+    rows = list(answers(models, asked, source))
+    if len(rows) == 1 and isinstance(rows[0].answer, HfvramError):
+        raise rows[0].answer
+    notices(rows, quiet="quiet" in output)
+    click.echo(shown(rows, output))
+    return exit_code(rows, asked)
+
+
+def answers(models: tuple[str, ...], asked: dict[str, Any], source: dict[str, Any]) -> Iterator[Row]:
+    """An answer for every model and every cell of the grid. A usage error in the request itself is raised at once."""
+    lists = {k: [v.strip() for v in asked[k].split(",")] for k in GRID if k in asked}
+    several = {k for k, values in lists.items() if len(values) > 1}
+    cells = [dict(zip(lists, values, strict=True)) for values in product(*lists.values())]
+    requests = [Request.from_dict(asked | cell) for cell in cells]
+    from hfvram.answer.question import Session
+
+    session = Session()
+    for model in models:
+        for cell, request in zip(cells, requests, strict=True):
+            differs = {k: cell[k] for k in GRID if k in several}
+            try:
+                yield Row(model, differs, session.estimate(model, request, **source))
+            except HfvramError as error:
+                yield Row(model, differs, error)
+
+
+def shown(rows: list[Row], output: set[str]) -> str:
+    """The rows as asked: one answer in full, several as a table or a list."""
+    single = rows[0].answer if len(rows) == 1 else None
+    width, paint = terminal()
+    if "json" in output:
+        found = [as_dict(row) for row in rows]
+        return dumps(found[0] if single else found)
+    if "csv" in output:
+        from hfvram.show.csv import csv
+
+        return csv(rows)
+    if "markdown" in output:
+        from hfvram.show import markdown, table
+
+        return markdown.markdown(single) if isinstance(single, Estimate) else table.markdown(rows)
+    if "explain" in output:
+        from hfvram.show.explain import explain
+
+        return "\n\n".join(explain(r.answer, width, paint) for r in rows if isinstance(r.answer, Estimate))
+    if isinstance(single, Estimate):
+        from hfvram.show.text import text
+
+        return text(single, width, paint)
+    from hfvram.show.table import table as beside
+
+    return beside(rows, width, paint)
+
+
+def as_dict(row: Row) -> dict[str, Any]:
+    if isinstance(row.answer, HfvramError):
+        failed = error_dict(row.answer.kind, row.answer.message)
+        return failed | {"model": {"id": row.model}, "request": dict(row.differs)}
+    return row.answer.to_dict()
+
+
+def terminal() -> tuple[int, Callable[[str, str], str]]:
+    """Width and colours of stdout: 80 to 120 columns on a terminal, 100 and plain where it is none."""
+    if not sys.stdout.isatty():
+        return int(os.environ.get("COLUMNS") or 100), plain
+    import shutil
+
+    plainly = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return min(120, max(60, shutil.get_terminal_size().columns)), plain if plainly else coloured
+
+
+def notices(rows: list[Row], *, quiet: bool) -> None:
+    """What is worth knowing about the answers, each once, and every failure, to stderr."""
+    told: set[str] = set()
+    for row in rows:
+        failed = isinstance(row.answer, HfvramError)
+        for message in [row.answer.message] if isinstance(row.answer, HfvramError) else row.answer.warnings:
+            if message not in told and (failed or not quiet):
+                told.add(message)
+                _note(message)
+
+
+def exit_code(rows: list[Row], asked: Collection[str]) -> int:
+    """The code for these answers to a request in which the options `asked` were given."""
+    failed = [row.answer.exit_code for row in rows if isinstance(row.answer, HfvramError)]
+    if failed:
+        return EXIT_FAILED if len(failed) < len(rows) else max(failed)
+    fits = [row.answer.fit for row in rows if isinstance(row.answer, Estimate) and row.answer.fit]
+    return EXIT_OK if all(_satisfies(fit, asked) for fit in fits) else EXIT_DOES_NOT_FIT
+
+
+def _satisfies(fit: Fit, asked: Collection[str]) -> bool:
+    limits = {"ctx": fit.max_ctx, "batch": fit.max_batch}
+    wanted = [limit for name, limit in limits.items() if f"max_{name}" in asked and name not in asked]
+    return all(wanted) if wanted else fit.fits
+
+
+def _batch(file: str, jobs: int, **flags: bool) -> int:
+    from hfvram.show.batch import batch
+
+    return EXIT_FAILED if batch(file, jobs=jobs, as_json=flags["json"], progress=not flags["quiet"]) else EXIT_OK
+
+
+def _gpus(text: str | None, **flags: bool) -> int:
+    from hfvram.answer.gpus import gpus
+    from hfvram.show.layout import columns
+
+    words = (text or "").lower().split()
+    found = [g for g in gpus() if all(w in f"{g.name} {g.vendor} {g.tier} {g.generation}".lower() for w in words)]
+    if not found:
+        raise HfvramError("usage", f"no GPU with {text!r} in its name, vendor or generation: `hfvram gpus` lists all")
+    if flags["json"]:
+        keys = ("name", "vendor", "tier", "generation", "memory_bytes")
+        click.echo(dumps([{k: getattr(g, k) for k in keys} for g in found]))
+    else:
+        rows = [(g.name, f"{g.memory_bytes / GiB:.2f} GiB", g.vendor, g.tier, g.generation) for g in found]
+        click.echo("\n".join(columns([("name", "usable memory", "vendor", "kind", "generation"), *rows], 100, "<><<<")))
+    return EXIT_OK
+
+
+def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        click.echo(f"hfvram {__version__}")
+        ctx.exit()
+
+
+_JSON = click.Option(["--json"], is_flag=True, help="one JSON object a line")
+_QUIET = click.Option(["-q", "--quiet"], is_flag=True, help="no progress")
+ask = GroupedCommand(
+    "hfvram",
+    callback=_ask,
+    help="How much GPU memory a Hugging Face model needs, and whether it fits, before anything is downloaded.",
+    epilog="Exit codes: 0 answered (and fits), 1 no answer, 2 usage, 3 does not fit (of several: one does not).",
+    params=[
+        click.Argument(["models"], nargs=-1, metavar="MODEL..."),
+        *options(),
+        click.Option(["--version"], is_flag=True, is_eager=True, expose_value=False, callback=_version),
+    ],
+)
+COMMANDS = {
+    "batch": click.Command(
+        "batch",
+        callback=_batch,
+        help="Answer a JSON request a line of FILE (- for standard input), in order, an answer a line. "
+        'A line: {"id": 1, "model": "ORG/NAME", "ctx": 8192}, with any option of the request.',
+        params=[
+            click.Argument(["file"]),
+            _JSON,
+            click.Option(["--jobs"], type=click.IntRange(1, 512), default=1, help="processes (1)"),
+            _QUIET,
+        ],
+    ),
+    "gpus": click.Command(
+        "gpus",
+        callback=_gpus,
+        help="The GPUs known by name, with the memory that a process can use; TEXT narrows them down.",
+        params=[click.Argument(["text"], required=False), click.Option(["--json"], is_flag=True, help="a JSON list")],
+    ),
+}

@@ -1,0 +1,25 @@
+"""How every byte comes about: each item's formula with its numbers, where the formula is from, how sure it is."""
+
+from hfvram.answer.estimate import Estimate
+from hfvram.show.layout import Paint, columns, plain, size
+from hfvram.show.text import headline, totals
+
+CERTAINTY = {
+    "exact": "exact",
+    "derived": "derived from code",
+    "calibrated": "calibrated",
+    "guess": "a guess",
+}
+
+
+def explain(estimate: Estimate, width: int, paint: Paint = plain) -> str:
+    """All items, in full; the sum is the peak, to the byte."""
+    e = estimate
+    lines = [*headline(e, width, paint), "", paint(f"Live at the peak ({e.peak_phase})", "bold")]
+    for item in e.items:
+        lines += ["", f"{paint(item.name, 'bold')}: {item.bytes:,} B ({size(item.bytes)}), {CERTAINTY[item.certainty]}"]
+        rows = [("=", item.formula)] * bool(item.formula) + [("source:", item.source)] * bool(item.source)
+        lines += [line for row in rows for line in columns([row], width, "<<", indent=2)]
+    lines += ["", f"sum = peak allocated: {e.peak_allocated_bytes:,} B", "", *totals(e, width, paint)]
+    lines += [line for w in e.warnings for line in columns([("note:", w)], width, "<<")]
+    return "\n".join(lines)

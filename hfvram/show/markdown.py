@@ -1,0 +1,49 @@
+"""An answer as GitHub's markdown."""
+
+from collections.abc import Sequence
+
+from hfvram.answer.estimate import Estimate
+from hfvram.errors import printable
+from hfvram.show.layout import size
+from hfvram.show.text import asked, shape
+from hfvram.units import short_count
+
+
+def markdown(estimate: Estimate) -> str:
+    """A heading, the facts, a table of what is live at the peak, a table of totals, the verdict."""
+    e, m = estimate, estimate.model
+    active = f" ({short_count(m.active_parameters)} active)" if m.active_parameters != m.parameters else ""
+    facts = [f"{m.parameters:,} parameters{active}, {m.dtype}", *shape(m)]
+    peak = e.peak_allocated_bytes or 1
+    live = [(i.name, size(i.bytes), f"{100 * i.bytes / peak:.1f} %", i.formula) for i in e.items]
+    low, high = size(e.interval.low_bytes), size(e.interval.high_bytes)
+    sums = [
+        ("weights", size(e.weights_bytes), ""),
+        ("cache", size(e.cache_bytes), ""),
+        ("peak allocated", size(e.peak_allocated_bytes), e.peak_phase),
+        ("peak reserved", size(e.peak_reserved_bytes), ""),
+        ("**on the device**", f"**{size(e.device_bytes)}**", f"{low} to {high}"),
+        ("rule of thumb", size(e.guide.bytes), e.guide.formula),
+    ]
+    parts = [
+        f"## {cell(m.id)}",
+        f"{cell(m.architecture)}: {', '.join(facts)}.\n\nMemory for {', '.join(asked(e))}:",
+        table(("live at the peak", "size", "share", "formula"), live, "<>><"),
+        table(("total", "size", ""), sums, "<><"),
+    ]
+    if f := e.fit:
+        room = f"{size(abs(f.headroom_bytes))} {'to spare' if f.fits else 'too much'}"
+        parts.append(f"**{'Fits' if f.fits else 'Does not fit'} {f.gpu}** ({size(f.capacity_bytes)}): {room}.")
+        if f.ways:
+            parts.append(table(("fits with", "size"), [(f"`{w.change}`", size(w.device_bytes)) for w in f.ways], "<>"))
+    return "\n\n".join(parts)
+
+
+def table(heading: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> str:
+    """A table; what a cell holds cannot break out of it."""
+    rule = ["---:" if a == ">" else "---" for a in align]
+    return "\n".join("| " + " | ".join(map(cell, row)) + " |" for row in (heading, rule, *rows))
+
+
+def cell(text: str) -> str:
+    return printable(text, 10_000).replace("|", "\\|").replace("<", "&lt;")

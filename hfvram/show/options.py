@@ -1,0 +1,142 @@
+"""The command line's options: every one of the request's, in groups, under its own name."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from hfvram.request import CHOICES
+
+GRID = ("ctx", "batch", "quant", "gpus", "gpu", "kv_dtype")
+"""Options that take a comma list: each value is a request of its own."""
+
+LATER = (
+    "gpu_memory_utilization", "max_num_seqs", "max_num_batched_tokens", "enforce_eager", "n_gpu_layers", "n_cpu_moe",
+    "override_tensor", "mem_fraction_static", "engine_args", "requests", "draft", "from", "plot",
+)  # fmt: skip
+"""Options that a later version answers; until then they are refused, never ignored."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Options under one heading of `--help`: flags, what stands for the value ("" for a switch), one line of help."""
+
+    title: str
+    options: tuple[tuple[str, str, str], ...]
+
+
+GROUPS = (
+    Group("The model", (
+        ("--revision", "REV", "branch, tag or commit"),
+        ("--file", "NAME", "one file of the repo, or a quantization such as Q4_K_M"),
+        ("--token", "TOKEN", "Hub token, in place of HF_TOKEN"),
+        ("--offline", "", "the cache and the built-in catalogue only"),
+        ("--allow-unknown", "", "unknown layer kinds: a bound and a warning in place of an error"),
+        ("--trust-remote-code", "", "run the repo's own code to build the model"),
+    )),
+    Group("The request (a comma list at those marked * makes a table)", (
+        ("--mode", "", "what for"),
+        ("--ctx", "N", "* tokens a sequence, prompt plus generated: 8192, 8k (4096, or the model's limit)"),
+        ("--batch", "N", "* sequences (1)"),
+        ("--new-tokens", "N", "generated part of ctx (8)"),
+        ("--phase", "", "what runs"),
+        ("--padding/--no-padding", "", "the batch carries a padding mask"),
+        ("--dtype", "", "dtype the weights are loaded in"),
+        ("--quant", "", "* quantization, auto for the checkpoint's own"),
+        ("--double-quant/--no-double-quant", "", "nf4 and fp4 quantize their scales, too (on)"),
+        ("--kv-dtype", "", "* dtype of the cache"),
+        ("--cache", "", "transformers' kind of cache"),
+        ("--attention", "", "attention implementation"),
+        ("--kernels", "", "kernels of Mamba and linear attention: installed or not"),
+    )),
+    Group("Training", (
+        ("--optimizer", "NAME", "transformers' name (adamw_torch_fused)"),
+        ("--mixed-precision", "", "autocast"),
+        ("--gradient-checkpointing", "", "recompute activations"),
+        ("--grad-accum", "N", "steps of gradient accumulation (1)"),
+        ("--lora-r", "N", "rank (16)"),
+        ("--lora-targets", "NAMES", "modules (all-linear)"),
+        ("--lora-dropout", "P", "dropout (0)"),
+        ("--adapter-dtype", "", "dtype of the adapter"),
+    )),
+    Group("Several GPUs, offloading", (
+        ("--gpus", "N", "* GPUs (the product of the next five)"),
+        ("--tp", "N", "tensor parallel (1)"),
+        ("--pp", "N", "pipeline parallel (1)"),
+        ("--ep", "N", "expert parallel (1)"),
+        ("--cp", "N", "context parallel (1)"),
+        ("--sp", "", "Megatron's sequence parallelism"),
+        ("--zero", "STAGE", "DeepSpeed ZeRO: 0, 1, 2, 3"),
+        ("--fsdp", "", "FSDP"),
+        ("--offload", "WHAT", "to CPU memory: optimizer, params, activations, experts, layers"),
+    )),
+    Group("Engines", (
+        ("--engine", "", "what runs it"),
+        ("--gpu-memory-utilization", "F", "vLLM"),
+        ("--max-num-seqs", "N", "vLLM"),
+        ("--max-num-batched-tokens", "N", "vLLM"),
+        ("--enforce-eager", "", "vLLM"),
+        ("--mem-fraction-static", "F", "SGLang"),
+        ("--n-gpu-layers", "N", "llama.cpp"),
+        ("--n-cpu-moe", "N", "llama.cpp"),
+        ("--override-tensor", "SPEC", "llama.cpp"),
+        ("--engine-args", "LINE", "a whole command line of an engine"),
+        ("--requests", "LIST", "concurrent requests, count × tokens: 512x2048,16x32768"),
+        ("--draft", "MODEL", "speculative decoding"),
+        ("--from", "FILE", "a training or DeepSpeed configuration file"),
+    )),
+    Group("The verdict", (
+        ("--gpu", "GPU", "* does it fit: a name, 24GB, 24GiB or local (`hfvram gpus` lists names)"),
+        ("--max-ctx", "", "the largest context that fits --gpu is the question"),
+        ("--max-batch", "", "the largest batch that fits --gpu is the question"),
+        ("--recommend", "", "the smallest GPUs that run it"),
+        ("--method", "", "how it is worked out"),
+    )),
+    Group("Output", (
+        ("--json", "", "one object, a list for several answers; sizes in bytes"),
+        ("--markdown", "", "markdown"),
+        ("--csv", "", "one row an answer; sizes in bytes"),
+        ("--explain", "", "each item's formula with its numbers, source and certainty"),
+        ("--plot", "FILE", "memory over time"),
+        ("-q/--quiet", "", "no notices"),
+    )),
+)  # fmt: skip
+
+
+class GroupedCommand(click.Command):
+    """A command whose help shows GROUPS."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        records = {p.name: p.get_help_record(ctx) for p in self.params}
+        for group in GROUPS:
+            with formatter.section(group.title):
+                shown = (records[_name(flags)] for flags, _, _ in group.options)
+                formatter.write_dl([r for r in shown if r], col_max=26)
+        with formatter.section("Also"):
+            formatter.write_dl(
+                [
+                    ("hfvram batch FILE", "a JSON request a line, an answer a line"),
+                    ("hfvram gpus [TEXT]", "the GPUs known by name"),
+                    ("--version, --help", ""),
+                ]
+            )
+
+
+def options() -> list[click.Parameter]:
+    """All of them as click parameters: values stay text, and are read by `Request.from_dict` and nobody else."""
+    made: list[click.Parameter] = []
+    for group in GROUPS:
+        for flags, metavar, text in group.options:
+            name = _name(flags)
+            choices = CHOICES.get(name)
+            kind: dict[str, Any] = {"metavar": metavar or "NAME"} if metavar or choices else {"is_flag": True}
+            text = f"{text}: {', '.join(choices)}" if choices else f"{text} (not yet)" if name in LATER else text
+            declared = ["-q", "--quiet"] if name == "quiet" else [flags]
+            made.append(click.Option([*declared, name], help=text, default=None, **kind))
+    return made
+
+
+def _name(flags: str) -> str:
+    """`--padding/--no-padding` is `padding`; `-q/--quiet` is `quiet`."""
+    first, _, second = flags.partition("/")
+    return (first if first.startswith("--") else second).lstrip("-").replace("-", "_")

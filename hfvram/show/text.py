@@ -1,0 +1,180 @@
+"""One answer for the eye: the model, what is live at the peak, the peaks, the rule of thumb, the verdict."""
+
+from collections.abc import Iterable, Iterator
+
+from hfvram.answer.estimate import Estimate, Item, ModelFacts
+from hfvram.errors import printable
+from hfvram.request import Request
+from hfvram.show.layout import Paint, columns, plain, size
+from hfvram.units import short_count
+
+COLOURS = {
+    "weights": "blue",
+    "buffers": "bright_blue",
+    "gradients": "yellow",
+    "optimizer": "magenta",
+    "cache": "green",
+    "activations": "cyan",
+    "workspace": "bright_yellow",
+}
+MOST_ITEMS = 9
+SMALL = 0.001
+"""Share of the peak below which an item is folded away."""
+
+
+def text(estimate: Estimate, width: int, paint: Paint = plain) -> str:
+    """The answer in lines of at most `width` characters; the bar is drawn only where there are colours."""
+    e = estimate
+    blocks = [headline(e, width, paint), components(e, width), items(e, width, paint)]
+    if paint is not plain:
+        blocks.append([bar(e, width, paint)])
+    blocks += [totals(e, width, paint), verdict(e, width, paint)]
+    return "\n\n".join("\n".join(lines) for lines in blocks if lines)
+
+
+def headline(e: Estimate, width: int, paint: Paint) -> list[str]:
+    m = e.model
+    commit = f" @ {m.commit[:12]}" if m.commit else ""
+    active = f" ({short_count(m.active_parameters)} active)" if m.active_parameters != m.parameters else ""
+    facts = [
+        *columns([(f"{m.architecture} ({m.model_type}), {m.dtype}, source: {m.source}",)], width, "<"),
+        *columns([(f"{m.parameters:,} parameters{active}, from {m.parameters_from}",)], width, "<"),
+        *columns([(", ".join(shape(m)),)], width, "<"),
+        *columns([(", ".join(asked(e)),)], width, "<"),
+    ]
+    return [paint(printable(m.id), "bold") + commit, *facts]
+
+
+def shape(m: ModelFacts) -> Iterator[str]:
+    """Sizes of a model in words, those that apply."""
+    kinds = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in m.layer_kinds.items())
+    yield f"{m.layers} layers ({kinds})" if kinds else f"{m.layers} layers"
+    yield f"hidden size {m.hidden_size:,}"
+    if m.attention_heads:
+        kv = f", {m.kv_heads} for keys and values" if m.kv_heads and m.kv_heads != m.attention_heads else ""
+        yield f"{m.attention_heads} heads of {m.head_dim}{kv}"
+    if m.experts:
+        yield f"{m.experts} experts, {m.experts_per_token} a token"
+    if m.state_size:
+        yield f"state size {m.state_size}"
+
+
+def asked(e: Estimate) -> Iterator[str]:
+    """The request in words: its main options, and every other that is not the default."""
+    new = f" ({e.request.new_tokens:,} new)" if e.request.phase == "generate" and e.request.new_tokens else ""
+    yield f"{e.request.mode} with {e.request.ctx or 0:,} tokens of context{new}, batch {e.request.batch:,}"
+    told = {"mode", "ctx", "batch", "new_tokens", "gpu", "method", "max_ctx", "max_batch", "recommend"}
+    told |= {"phase"} if e.request.phase == "generate" else set()
+    default = Request().to_dict()
+    for name, value in e.request.to_dict().items():
+        if name not in told and value != default[name]:
+            words = name.replace("_", " ")
+            yield words if value is True else f"no {words}" if value is False else f"{words} {_value(value)}"
+    yield f"method {e.method}"
+
+
+def components(e: Estimate, width: int) -> list[str]:
+    """A row for each part of a pipeline."""
+    if not e.components:
+        return []
+    rows = [("component", "parameters", "weights", "peak", "")]
+    for name, part in e.components:
+        peak, count = size(part.peak_allocated_bytes), short_count(part.model.parameters)
+        rows.append((name, count, size(part.weights_bytes), peak, part.model.architecture))
+    return columns(rows, width, "<>>><")
+
+
+def items(e: Estimate, width: int, paint: Paint) -> list[str]:
+    """What is live at the peak, the largest first, small items folded into one line."""
+    peak = e.peak_allocated_bytes or 1
+    shown = sorted(e.items, key=lambda i: -i.bytes)[:MOST_ITEMS]
+    shown = [i for i in shown if i.bytes >= SMALL * peak]
+    folded = [i for i in e.items if i not in shown and i.bytes]
+    rows = [(i.name, size(i.bytes), _share(i.bytes, peak), i.formula) for i in shown]
+    if folded:
+        rest = sum(i.bytes for i in folded)
+        names = ", ".join(dict.fromkeys(i.name for i in folded))
+        rows.append((f"{len(folded)} smaller", size(rest), _share(rest, peak), names))
+    lines = columns(rows, width, "<>><")
+    heading = f"Live at the peak ({e.peak_phase})" if e.peak_phase else "Live at the peak"
+    colours = {i.name: COLOURS.get(i.category, "white") for i in shown}
+    return [paint(heading, "bold"), *(_painted(line, colours, paint) for line in lines)]
+
+
+def bar(e: Estimate, width: int, paint: Paint) -> str:
+    """The peak as a stacked bar, each category in its colour; up to the capacity where a GPU was named."""
+    whole = max(e.device_bytes, e.fit.capacity_bytes if e.fit else 0) or 1
+    used, cells, drawn = 0, "", 0
+    for category, count in (*_by_category(e.items), ("", e.device_bytes - e.peak_allocated_bytes)):
+        used += max(0, count)
+        until = round(used * width / whole)
+        cells += paint("█" * (until - drawn), COLOURS.get(category, "white")) if until > drawn else ""
+        drawn = max(drawn, until)
+    return cells + paint("░" * (width - drawn), "white")
+
+
+def totals(e: Estimate, width: int, paint: Paint) -> list[str]:
+    """The whole of weights and cache, the three peaks, the interval, the rule of thumb."""
+    whole = {
+        "weights": e.weights_bytes,
+        "cache": e.cache_bytes,
+        "gradients": e.gradients_bytes,
+        "optimizer": e.optimizer_bytes,
+        "activations": e.activations_bytes,
+    }
+    low, high = size(e.interval.low_bytes), size(e.interval.high_bytes)
+    rows = [
+        *((name, size(count), "") for name, count in whole.items() if count),
+        ("peak allocated", size(e.peak_allocated_bytes), "in live blocks"),
+        ("peak reserved", size(e.peak_reserved_bytes), "held by PyTorch's caching allocator"),
+        ("on the device", size(e.device_bytes), f"with context and kernels; {low} to {high} ({e.interval.basis})"),
+        ("rule of thumb", size(e.guide.bytes), e.guide.formula),
+    ]
+    return [_painted(line, {"on the device": "bold"}, paint) for line in columns(rows, width, "<><")]
+
+
+def verdict(e: Estimate, width: int, paint: Paint) -> list[str]:
+    """Whether it fits, by how much, the limits, and what would make it fit; GPUs that would run it, if asked."""
+    lines: list[str] = []
+    if f := e.fit:
+        room = f"{size(abs(f.headroom_bytes))} {'to spare' if f.fits else 'too much'}"
+        word = paint("fits", "green") if f.fits else paint("does not fit", "red")
+        lines.append(f"{word} {f.gpu}: {size(e.device_bytes)} of {size(f.capacity_bytes)}, {room}")
+        limits = [(n, v) for n, v in (("context", f.max_ctx), ("batch", f.max_batch)) if v is not None]
+        most = [f"{n} {v:,}" if v else f"no {n}" for n, v in limits]
+        lines.append(f"most that fits: {', '.join(most)}" if any(v for _, v in limits) else "not even one token fits")
+        if f.ways:
+            lines.append("fits with:")
+            lines += columns([(way.change, size(way.device_bytes), "") for way in f.ways], width, "<><", indent=2)
+        elif not f.fits:
+            lines.append("no single change, and no pair of changes, makes it fit")
+    if e.recommended:
+        lines.append("smallest GPUs that run it:")
+        lines += columns([(r.gpu, size(r.capacity_bytes), "") for r in e.recommended], width, "<><", indent=2)
+    return lines
+
+
+def _by_category(items: Iterable[Item]) -> Iterator[tuple[str, int]]:
+    sums: dict[str, int] = {}
+    for item in items:
+        sums[item.category] = sums.get(item.category, 0) + item.bytes
+    yield from sums.items()
+
+
+def _share(count: int, whole: int) -> str:
+    return f"{100 * count / whole:.1f} %"
+
+
+def _painted(line: str, colours: dict[str, str], paint: Paint) -> str:
+    name = next((n for n in sorted(colours, key=len, reverse=True) if line.startswith(n + " ")), None)
+    return paint(name, colours[name]) + line[len(name) :] if name else line
+
+
+def _value(value: object) -> str:
+    return (
+        ", ".join(map(str, value))
+        if isinstance(value, list)
+        else f"{value:,}"
+        if isinstance(value, int)
+        else str(value)
+    )

@@ -1,0 +1,84 @@
+"""What the renderers print, against golden files; `HFVRAM_GOLDEN=1 pytest` writes them anew."""
+
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from estimates import mamba, mixtral, roomy, too_much
+
+from hfvram.answer.estimate import Estimate
+from hfvram.errors import HfvramError
+from hfvram.show.csv import csv
+from hfvram.show.explain import explain
+from hfvram.show.json import dumps
+from hfvram.show.layout import coloured
+from hfvram.show.markdown import markdown
+from hfvram.show.table import Row, table
+from hfvram.show.table import markdown as markdown_table
+from hfvram.show.text import text
+
+GOLDEN = Path(__file__).parent.parent / "fixtures" / "golden"
+ROWS = [
+    Row("mistralai/Mixtral-8x7B", {"quant": "none"}, roomy()),
+    Row("mistralai/Mixtral-8x7B", {"quant": "nf4"}, too_much()),
+    Row("no/such-model-anywhere", {"quant": "none"}, HfvramError("not_found", "no such repo")),
+]
+CASES = {
+    "mixtral-80.txt": lambda: text(mixtral(), 80),
+    "mixtral-120.txt": lambda: text(mixtral(), 120),
+    "too-much-80.txt": lambda: text(too_much(), 80),
+    "roomy-120.txt": lambda: text(roomy(), 120),
+    "mamba-80.txt": lambda: text(mamba(), 80),
+    "explain-80.txt": lambda: explain(too_much(), 80),
+    "mixtral.md": lambda: markdown(too_much()),
+    "mixtral.json": lambda: dumps(too_much().to_dict()),
+    "table-80.txt": lambda: table(ROWS, 80),
+    "table-120.txt": lambda: table(ROWS, 120),
+    "table.md": lambda: markdown_table(ROWS),
+    "table.csv": lambda: csv(ROWS),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_golden(name: str) -> None:
+    shown = CASES[name]() + "\n"
+    if os.environ.get("HFVRAM_GOLDEN"):
+        (GOLDEN / name).write_text(shown)
+    assert shown == (GOLDEN / name).read_text()
+
+
+@pytest.mark.parametrize("estimate", [mixtral(), too_much(), roomy(), mamba()])
+@pytest.mark.parametrize("width", [80, 120])
+def test_no_line_is_wider_than_the_terminal(estimate: Estimate, width: int) -> None:
+    for shown in (text(estimate, width), explain(estimate, width)):
+        assert max(map(len, shown.splitlines())) <= width
+
+
+def test_the_first_command_prints_what_readme_promises() -> None:
+    shown = text(mixtral(), 80)
+    for figure in ("46,702,792,704 parameters", "(12.88 B active)", "87.0 GiB", "1.0 GiB"):
+        assert figure in shown
+
+
+def test_colours_change_nothing_but_colours_and_add_a_bar() -> None:
+    shown = text(too_much(), 80, coloured)
+    bare = re.sub(r"\x1b\[[0-9;]*m", "", shown)
+    bar = next(line for line in bare.splitlines() if line.startswith("█"))
+    assert len(bar) == 80
+    assert bare.replace(bar + "\n\n", "") == text(too_much(), 80)
+    assert "\x1b[" in shown
+
+
+def test_names_from_a_configuration_cannot_steer_the_terminal() -> None:
+    evil = "x\x1b[2J\x9b\u202e|<b>\n"
+    e = replace(mixtral(), model=replace(mixtral().model, id=evil, architecture=evil, model_type=evil))
+    for shown in (text(e, 80), explain(e, 80), markdown(e), dumps(e.to_dict()), csv([Row(evil, {}, e)])):
+        assert all(c.isprintable() or c == "\n" for c in shown)
+    assert "<b>" not in markdown(e)
+
+
+def test_folded_items_still_add_up() -> None:
+    assert "smaller" in text(mamba(), 80)
+    assert sum(i.bytes for i in mamba().items) == mamba().peak_allocated_bytes
