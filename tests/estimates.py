@@ -1,6 +1,8 @@
-"""Estimates made by hand, for the renderers' tests: Mixtral-8x7B at 8,192 tokens, Mamba-130m."""
+"""Estimates made by hand, for the renderers' tests: Mixtral-8x7B, Mamba-130m; and a small real model."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 from hfvram.answer.estimate import Estimate, Fit, Interval, Item, ModelFacts, Recommended, RuleOfThumb, Way
 from hfvram.request import Request
@@ -141,3 +143,28 @@ def mamba() -> Estimate:
         device_bytes=peak + 527 * MiB,
         warnings=(),
     )
+
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 1000,
+    "max_position_embeddings": 16384,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+# embedding and head 2 · 1000 · 256; a layer: q, o 256² each, k, v 128 · 256 each, three of 256 · 688, two norms; a norm
+PARAMETERS_LLAMA = 2 * 1000 * 256 + 4 * (2 * 256**2 + 2 * 128 * 256 + 3 * 256 * 688 + 2 * 256) + 256
+
+
+def llama_folder(parent: Path) -> str:
+    """A folder that holds the configuration of a small Llama."""
+    folder = parent / "llama"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    return str(folder)

@@ -108,8 +108,11 @@ def answers(models: tuple[str, ...], asked: dict[str, Any], source: dict[str, An
     several = {k for k, values in lists.items() if len(values) > 1}
     cells = [dict(zip(lists, values, strict=True)) for values in product(*lists.values())]
     requests = [Request.from_dict(asked | cell) for cell in cells]
+    from hfvram.answer.gpus import find_gpu
     from hfvram.answer.question import Session
 
+    for name in lists.get("gpu", ()):
+        find_gpu(name)
     session = Session()
     for model in models:
         for cell, request in zip(cells, requests, strict=True):
