@@ -4,9 +4,11 @@
     python scripts/catalogue.py [--check]
 
 A line of facts is `id`, `config` (the values of config.json that decide architecture and memory) or `like` (the id of a
-line with the same configuration), `source` (where the facts are from), and where they apply: `stored` (the dtype of the
-checkpoint, if the configuration does not say or says otherwise), `published` (an exact parameter count to agree with),
-`gated`. Every model is built by transformers on the meta device; a count that disagrees with `published` is an error.
+line with the same configuration), `source` (where the facts are from), and where they apply: `published` (an exact
+parameter count to agree with), `gated`, `stored_apart` (elements of an output head that transformers would tie, but
+that the checkpoint holds with values of its own, so that it stays apart). Every model is built by transformers on the
+meta device; a count that disagrees with the published one is an error.
+
 --check writes nothing and fails if the file would change.
 """
 
@@ -43,19 +45,23 @@ def meta_parameters(config: Mapping[str, Any], architecture: str) -> list[tuple[
     if "text_config" in config:  # Kimi has its quantization there
         rest["text_config"] = {k: v for k, v in config["text_config"].items() if k != "quantization_config"}
     built = transformers.AutoConfig.for_model(config["model_type"], **rest)
+    model_class = getattr(transformers, architecture, None)
+    if model_class is None:  # a name from before the model came to transformers
+        causal, image = transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        model_class = (causal if type(built) in causal else image)[type(built)]
     with torch.device("meta"):
-        model = getattr(transformers, architecture)._from_config(built, dtype=torch.bfloat16)
+        model = model_class._from_config(built, dtype=torch.bfloat16)
     return [(name, p.dim(), math.prod(p.shape)) for name, p in model.named_parameters()]
 
 
-def counts_by_dtype(config: Mapping[str, Any], stored: str | None) -> dict[str, int]:
-    """Parameters by the dtype that the checkpoint stores them in: `F4` and `F8_E4M3` count numbers, not packed words."""
+def counts_by_dtype(config: Mapping[str, Any], stored_apart: int) -> dict[str, int]:
+    """Parameters by the dtype that the checkpoint stores: `F4` and `F8_E4M3` count numbers, not packed words."""
     dtype = config.get("dtype") or config.get("torch_dtype") or config.get("text_config", {}).get("torch_dtype")
-    plain = stored or SAFETENSORS[dtype or "float32"]
+    plain = SAFETENSORS[dtype or "float32"]
     quantization = config.get("quantization_config") or {}
-    packed = PACKED[quantization["quant_method"]] if quantization else None
+    packed = PACKED.get(quantization.get("quant_method"))
     exceptions = quantization.get("modules_to_not_convert") or []
-    counts: Counter[str] = Counter()
+    counts = Counter({plain: stored_apart})
     for name, dims, elements in meta_parameters(config, config["architectures"][0]):
         excepted = any(fnmatch.fnmatchcase(name, pattern + "*") for pattern in exceptions)
         quantized = packed and dims >= 2 and name.find("_bias") < 0 and not excepted and not NOT_QUANTIZED.search(name)
@@ -73,11 +79,11 @@ def catalogue(facts: list[dict[str, Any]]) -> str:
         if "like" in line:
             models[line["id"]] = {"like": line["like"]}
         else:
-            counts = counts_by_dtype(line["config"], line.get("stored"))
+            counts = counts_by_dtype(line["config"], line.get("stored_apart", 0))
             total = sum(counts.values())
             agrees = line.get("published", total) == total
             wrong += not agrees
-            note = "" if "published" not in line else "as published" if agrees else f"but published are {line['published']:,}"
+            note = f"but published are {line['published']:,}" if not agrees else "as published" * ("published" in line)
             print(f"{total:>17,}  {line['id']}  {note}", flush=True)
             models[line["id"]] = {"parameters": counts, "config": line["config"]}
         if line.get("gated"):
@@ -88,7 +94,7 @@ def catalogue(facts: list[dict[str, Any]]) -> str:
         if "like" in entry and "config" not in models.get(entry["like"], {}):
             raise SystemExit(f"{name} is like {entry['like']}, which has no configuration")
     lines = [f"{json.dumps(k)}: {json.dumps(v, separators=(',', ':'))}" for k, v in sorted(models.items())]
-    return '{"date": "%s", "models": {\n%s\n}}\n' % (DATE, ",\n".join(lines))
+    return f'{{"date": "{DATE}", "models": {{\n' + ",\n".join(lines) + "\n}}\n"
 
 
 def main() -> int:

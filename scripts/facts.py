@@ -37,15 +37,17 @@ NOISE = re.compile(
     r"|image_aspect_ratio|norm_epsilon|interpolate_factor|use_unified_.*|seconds_per_chunk"
     r"|position_id_per_seconds|tokens_per_second|softmax_scale|max_batch_size|video_seq_length|image_seq_length|standardize"
 )
-"""Keys that change neither a size nor an operation that costs memory: ids of tokens, initialization, scales, generation."""
+"""Keys that change no size and no operation that costs memory: ids of tokens, initialization, scales, generation."""
 
 KEPT = {"rope_scaling", "decoder_sparse_step", "image_token_id"}
-QUANTIZATION_NOISE = re.compile(r"_.*|producer|damp_percent|true_sequential|model_.*|.*observer.*|actorder|version|llm_int8_(?!skip).*")
+QUANTIZATION_NOISE = re.compile(
+    r"_.*|producer|damp_percent|true_sequential|model_.*|.*observer.*|actorder|version|llm_int8_(?!skip).*"
+)
 LONG_LIST = 16
 
 
 def trim(config: Mapping[str, Any], defaults: Any = None) -> dict[str, Any]:
-    """The facts of one configuration; `defaults` is its class at its defaults: against them null and 0 say something."""
+    """The facts of one configuration; `defaults` is its class at its defaults: null and 0 are facts where they differ."""
     facts: dict[str, Any] = {}
     for key, value in config.items():
         if key == "id2label" and isinstance(value, Mapping):
@@ -58,7 +60,7 @@ def trim(config: Mapping[str, Any], defaults: Any = None) -> dict[str, Any]:
             if value or getattr(defaults, key, 0):
                 facts[key] = value
         elif value is None:
-            if getattr(defaults, key, None) is not None:
+            if key != "rope_scaling" and getattr(defaults, key, None) is not None:
                 facts[key] = None
         elif (key == "use_cache" and value) or (key == "is_encoder_decoder" and not value):
             continue
@@ -96,7 +98,9 @@ def folded(names: Iterable[str]) -> list[str]:
         layers[re.sub(r"\.\d+(?=[.*]|$)", ".*", name, count=1)].append(name)
     out: list[str] = []
     for pattern, members in layers.items():
-        whole_layer = pattern.endswith((".*", ".**"))  # `layers.0*` says all of a layer; as `layers.**` it would say all layers
+        whole_layer = pattern.endswith(
+            (".*", ".**")
+        )  # `layers.0*` is all of one layer, `layers.**` would be all layers
         out += members if len(members) < 4 or whole_layer else [pattern]
     return out
 
