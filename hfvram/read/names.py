@@ -69,9 +69,9 @@ def parse_name(text: str, revision: str | None = None, *, local: bool = True) ->
         if local and _LOOKS_LIKE_A_PATH.match(text):
             raise HfvramError("not_found", f"{shown}: no such file or folder")
         raise HfvramError("not_found", f"{shown!r} is no Hub id: expected ORG/NAME, ORG/NAME@REVISION, or a path")
-    if inner and revision and inner != revision:
+    if inner and revision is not None and inner != revision:
         raise HfvramError("usage", f"two revisions of {repo}: {inner} in the name, {revision} beside it; give one")
-    wanted = inner or revision or MAIN
+    wanted = next((r for r in (inner, revision) if r is not None), MAIN)
     if not _REVISION.fullmatch(wanted) or ".." in wanted:
         raise HfvramError("revision_not_found", f"{printable(wanted, 80)!r} can't be a revision of {repo}")
     return RepoName(repo, wanted)
