@@ -103,6 +103,32 @@ class LatentAttention:
     index_heads: int = 0
     index_head_dim: int = 0
     """Sizes of the sparse attention's indexer (DeepSeek-V3.2), 0 where there is none."""
+    index_top_k: int = 0
+    """Tokens that a query keeps by the indexer's scores."""
+    implementations: tuple[str, ...] = ("sdpa", "flash_attention_2", "eager")
+    params: tuple[Param, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompressedAttention:
+    """Attention of DeepSeek-V4: one shared vector a token is key and value, in a window; older tokens are compressed,
+    `rate` of them into one entry, all attended to (heavily compressed) or the indexer's choice (compressed sparse)."""
+
+    kind: Literal["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"]
+    hidden_size: int
+    heads: int
+    head_dim: int
+    rotary_dim: int
+    q_lora_rank: int
+    output_groups: int
+    output_lora_rank: int
+    window: int
+    rate: int = 0
+    """0 where nothing is compressed."""
+    index_heads: int = 0
+    index_head_dim: int = 0
+    index_top_k: int = 0
+    implementations: tuple[str, ...] = ("eager",)
     params: tuple[Param, ...]
 
 
@@ -197,7 +223,7 @@ class ShortConv:
     params: tuple[Param, ...]
 
 
-Mixer = Attention | LatentAttention | Mamba1 | Mamba2 | GatedDeltaNet | RGLRU | LightningAttention | ShortConv
+Mixer = Attention | LatentAttention | CompressedAttention | Mamba1 | Mamba2 | GatedDeltaNet | RGLRU | LightningAttention | ShortConv
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,6 +278,8 @@ class Layer:
     norm_position: Literal["pre", "post", "both"] = "pre"
     parallel: bool = False
     """Attention and feed-forward read the same input and are added together (GPT-J, Phi, Falcon)."""
+    streams: int = 1
+    """Copies of the residual that are kept and mixed (DeepSeek-V4's hyper-connections)."""
     params: tuple[Param, ...] = ()
     """Norms and whatever else belongs to no part of it."""
 

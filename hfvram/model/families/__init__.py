@@ -24,6 +24,8 @@ MODULES: dict[str, tuple[str, ...]] = {
         *("gpt_oss", "glm4_moe", "ernie4_5_moe"),
     ),
     "gpt": ("gpt2", "gpt_bigcode", "gpt_neo", "gptj", "codegen", "gpt_neox", "opt", "bloom", "falcon", "mpt"),
+    "deepseek": ("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "glm4_moe_lite", "minicpm3"),
+    "deepseek_v4": ("deepseek_v4",),
     "mamba": ("mamba", "falcon_mamba", "mamba2"),
     "jamba": ("jamba",),
     "bamba": ("bamba", "granitemoehybrid", "falcon_h1"),

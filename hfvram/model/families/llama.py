@@ -12,10 +12,11 @@ from hfvram.model.families import blocks
 from hfvram.model.families.common import causal_head, dtype_of, head_sizes, max_positions, rotary
 from hfvram.model.families.defaults import class_of, known, prefix_of
 from hfvram.model.families.styles import STYLES, Style, flag, rope_layers, windows
-from hfvram.model.layers import Attention, FeedForward, Layer, MixtureOfExperts, Param, Rotary, norm
+from hfvram.model.layers import Attention, FeedForward, Layer, Mixer, MixtureOfExperts, Param, Rotary, norm
 
 Feed = Callable[[Config, int], FeedForward | MixtureOfExperts]
-"""The feed-forward of a layer, by its index."""
+Attend = Callable[[Config, int], Mixer]
+"""The feed-forward, the mixer of a layer by its index."""
 
 
 def read(config: Config, class_name: str | None) -> Architecture:
@@ -46,8 +47,9 @@ def decoder(config: Config, class_name: str, text: Stack) -> Architecture:
     )
 
 
-def stack(config: Config, prefix: str, feed: Feed | None = None) -> Stack:
-    """The text stack under `prefix`; `feed` builds its feed-forwards where they are not the family's dense ones."""
+def stack(config: Config, prefix: str, feed: Feed | None = None, attend: Attend | None = None) -> Stack:
+    """The text stack under `prefix`; `feed` and `attend` build its feed-forwards and its attention where they are not
+    the family's dense ones."""
     style = STYLES[config.model_type]
     hidden, vocab = config.size("hidden_size"), config.size("vocab_size")
     layers = config.layers("num_hidden_layers")
@@ -55,11 +57,11 @@ def stack(config: Config, prefix: str, feed: Feed | None = None) -> Stack:
     build = feed or (lambda config, index: feed_forward(config, style, hidden))
 
     @cache
-    def one(window: int | None, rotates: bool, feed: FeedForward | MixtureOfExperts) -> Layer:
+    def one(mixer: Mixer, feed: FeedForward | MixtureOfExperts) -> Layer:
         names = style.norms[:1] if flag(config, style.parallel) else style.norms
         params = tuple(p for name in names for p in norm(name, hidden, style.norm_bias)) if style.norm_weight else ()
         return Layer(
-            mixers=(attention(config, style, hidden, window, rotates),),
+            mixers=(mixer,),
             feed_forward=feed,
             norm=style.norm,
             norm_position=style.norm_position,
@@ -67,19 +69,22 @@ def stack(config: Config, prefix: str, feed: Feed | None = None) -> Stack:
             params=params,
         )
 
-    def rotates(i: int, window: int | None) -> bool:
+    slid = [] if attend else windows(config, style, layers)
+
+    def attends(config: Config, i: int) -> Mixer:
+        rotates = listed[i] if listed else True
         if style.rope_on == "sliding":
-            return window is not None or not config.size("sliding_window", default=0, low=0)
-        return listed[i] if listed else True
+            rotates = slid[i] is not None or not config.size("sliding_window", default=0, low=0)
+        return attention(config, style, hidden, slid[i], rotates)
+
+    build_mixer = attend or attends
 
     return Stack(
         name="text",
         prefix=f"{prefix}layers",
         hidden_size=hidden,
         before=(Param(f"{prefix}embed_tokens.weight", (vocab, hidden), "embedding"),),
-        layers=tuple(
-            one(window, rotates(i, window), build(config, i)) for i, window in enumerate(windows(config, style, layers))
-        ),
+        layers=tuple(one(build_mixer(config, i), build(config, i)) for i in range(layers)),
         after=norm(f"{prefix}{style.final_norm}", hidden, style.norm_bias) if style.norm_weight else (),
     )
 

@@ -5,7 +5,7 @@ is in `styles.py`. Source: transformers 5.17, models/*/modeling_*.py.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.config import Config
@@ -34,12 +34,12 @@ class Experts:
     """Whether the feed-forward of this layer is a mixture."""
 
 
-def first_dense(config: Config, index: int) -> bool:
+def first_dense(config: Config, index: int, first: int | None = None) -> bool:
     """DeepSeek's and GLM's rule: `mlp_layer_types`, else all but the first `first_k_dense_replace` layers."""
     kinds = config.strings("mlp_layer_types")
     if kinds is not None and index < len(kinds):
         return kinds[index] == "sparse"
-    return index >= config.layers("first_k_dense_replace", default=0)
+    return index >= (config.layers("first_k_dense_replace", default=0) if first is None else first)
 
 
 def _qwen(config: Config, index: int) -> bool:
@@ -89,6 +89,12 @@ EXPERTS: dict[str, Experts] = {
     ),
     "gpt_oss": Experts(router="router"),
     "glm4_moe": DEEPSEEK,
+    "glm4_moe_lite": replace(DEEPSEEK, sparse=lambda config, index: first_dense(config, index, first=1)),
+    "glm_moe_dsa": DEEPSEEK,
+    "deepseek_v2": DEEPSEEK,
+    "deepseek_v3": DEEPSEEK,
+    "deepseek_v32": DEEPSEEK,
+    "deepseek_v4": replace(DEEPSEEK, router_fp32=False, sparse=lambda config, index: True),
     "ernie4_5_moe": Experts(
         width="moe_intermediate_size",
         router_fp32=True,
@@ -105,8 +111,8 @@ def read(config: Config, class_name: str | None) -> Architecture:
     return llama.decoder(config, class_name, stack(config, prefix_of(config, class_name)))
 
 
-def stack(config: Config, prefix: str) -> Stack:
-    """The text stack under `prefix`."""
+def stack(config: Config, prefix: str, attend: llama.Attend | None = None) -> Stack:
+    """The text stack under `prefix`; `attend` builds its attention where it is not the family's style."""
     hidden = config.size("hidden_size")
     layout, style = EXPERTS[config.model_type], STYLES[config.model_type]
     mixture = mixture_of_experts(config, layout, hidden)
@@ -114,7 +120,7 @@ def stack(config: Config, prefix: str) -> Stack:
     def feed(config: Config, index: int) -> FeedForward | MixtureOfExperts:
         return mixture if layout.sparse(config, index) else llama.feed_forward(config, style, hidden)
 
-    return llama.stack(config, prefix, feed)
+    return llama.stack(config, prefix, feed, attend)
 
 
 def mixture_of_experts(config: Config, layout: Experts, hidden: int) -> MixtureOfExperts:

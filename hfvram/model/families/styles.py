@@ -215,7 +215,14 @@ STYLES: dict[str, Style] = {
     "gpt_oss": Style(**_ATTENTION, sliding=_every(2)),
     "glm4_moe": Style(bias="attention_bias", qk_norm="head", qk_norm_if="use_qk_norm", rotary_factor=0.5),
     "ernie4_5_moe": Style(bias="use_bias", out_bias="use_bias", mlp_bias="use_bias", rope="interleaved", head_bias="use_bias"),
-    "hunyuan_v1_moe": _HUNYUAN,
+    # Latent attention (`deepseek.py`).
+    "deepseek_v2": Style(mlp_bias="mlp_bias"),
+    "deepseek_v3": _MISTRAL,
+    "deepseek_v32": _MISTRAL,
+    "deepseek_v4": _MISTRAL,
+    "glm_moe_dsa": _MISTRAL,
+    "glm4_moe_lite": _MISTRAL,
+    "minicpm3": Style(mlp_bias="mlp_bias"),
 }
 
 
