@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -199,3 +201,37 @@ def test_a_reader_that_leaves_early_is_no_error(llama: str) -> None:
     command = f"{sys.executable} -c 'from hfvram.show.cli import main; main()' {llama} --json | head -1"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60, check=False)
     assert (done.stdout, done.stderr) == ("{\n", "")
+
+
+@pytest.mark.parametrize(
+    ("env", "coloured"),
+    [({"TERM": "xterm"}, True), ({"TERM": "dumb"}, False), ({"TERM": "xterm", "NO_COLOR": "1"}, False)],
+)
+def test_colours_and_a_bar_on_a_terminal_that_wants_them(llama: str, env: dict[str, str], coloured: bool) -> None:
+    pty = pytest.importorskip("pty")
+    ours, theirs = pty.openpty()
+    clean = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS")}
+    code = "import sys; from hfvram.show.cli import main; sys.exit(main())"
+    process = subprocess.Popen([sys.executable, "-c", code, llama], stdout=theirs, env={**clean, **env})
+    os.close(theirs)
+    shown = b""
+    try:
+        while chunk := os.read(ours, 65536):
+            shown += chunk
+    except OSError:  # Linux says so when the other side is closed
+        pass
+    assert process.wait(60) == 0
+    assert ("█".encode() in shown, b"\x1b[" in shown) == (coloured, coloured)
+
+
+def test_ctrl_c_is_quiet_and_130() -> None:
+    code = "import sys; from hfvram.show.cli import main; print('ready', flush=True); sys.exit(main(['batch', '-']))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout
+    process.stdout.readline()
+    time.sleep(0.5)  # until it waits for its first line
+    process.send_signal(signal.SIGINT)
+    assert "Traceback" not in process.communicate(timeout=60)[1]
+    assert process.returncode == 130
