@@ -34,13 +34,18 @@ from hfvram.model.layers import (
     norm,
 )
 
+WHOLE = {"qwen3_5": "Qwen3_5ForConditionalGeneration", "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration"}
+"""Types whose configuration nests a text and a vision model, and the class of both together."""
+
 
 def read(config: Config, class_name: str | None) -> Architecture:
     """The text model alone, or, in `…ForConditionalGeneration` and the bare multimodal model, after a vision tower."""
     config = known(config)
+    nested = config.model_type in WHOLE
+    if nested and class_name is None and not config.strings("architectures"):
+        class_name = WHOLE[config.model_type]
     class_name = class_of(config, class_name)
     prefix = prefix_of(config, class_name)
-    nested = config.model_type in ("qwen3_5", "qwen3_5_moe")
     text = section(config, "text_config") if nested else config
     whole = nested and not class_name.endswith(("TextModel", "ForCausalLM"))
     if class_name.endswith("ForConditionalGeneration") and not nested:

@@ -122,16 +122,16 @@ def state_space(config: Config, name: str, hidden: int) -> Mamba1:
         "x_proj_weight": (heads, rank + 2 * state, head_dim),
         "dt_proj_weight": (heads, head_dim, rank),
         "dt_proj_bias": (heads, head_dim),
-        "A_log": (heads, head_dim, state),
         "D": (heads, head_dim),
     }
+    decay = Param(f"{name}.A_log", (heads, head_dim, state), "other", "fp32")
     return Mamba1(
         hidden_size=hidden,
         d_inner=inner,
         d_state=state,
         d_conv=kernel,
         dt_rank=rank,
-        params=others(name, tensors)
+        params=(*others(name, tensors), decay)
         + convolution(f"{name}.conv1d", inner, 1, kernel, bias=config.flag("mamba_conv_bias"))
         + linear(f"{name}.in_proj", hidden, 2 * inner, bias)
         + linear(f"{name}.out_proj", inner, hidden, bias),

@@ -1,0 +1,178 @@
+"""The model itself on torch's meta device: its own code runs, but no memory is taken and nothing is downloaded.
+
+Needs torch and transformers (`pip install 'hfvram[exact]'`), which are imported only here and where they are used.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hfvram.errors import HfvramError, printable
+from hfvram.model.config import MAX_LAYERS, MAX_SIZE
+from hfvram.model.layers import Param, ParamKind
+
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+NAMES = {f"torch.{name}": short for short, name in DTYPES.items()}
+LEFT_OUT = ("quantization_config", "compression_config", "auto_map", "model_type")
+
+
+def build(
+    config_values: Mapping[str, Any],
+    class_name: str | None,
+    dtype: str,
+    trust_remote_code: bool = False,
+    path: str | None = None,
+) -> Any:
+    """The model of a `config.json` on the meta device, in `dtype` (`bf16`, `fp16`, `fp32`), as a torch module.
+
+    The class is the one named, else the first of `architectures` that transformers exports, else what AutoModel takes.
+    With `trust_remote_code` the code beside the configuration at `path` (a folder or an id) is run. Raises
+    `missing_extra`, `unknown_architecture` where transformers has no such type or class, `bad_config` where it refuses
+    the values.
+    """
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise HfvramError(
+            "missing_extra", f"building a model needs {error.name}: pip install 'hfvram[exact]'"
+        ) from error
+    check(config_values)
+    kind = str(config_values.get("model_type") or "")
+    remote = trust_remote_code and path is not None and bool(config_values.get("auto_map"))
+    try:
+        if remote:
+            config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=True)
+        else:
+            if kind not in transformers.CONFIG_MAPPING:
+                raise HfvramError("unknown_architecture", f"transformers knows no model type {printable(kind, 60)!r}")
+            values = {key: value for key, value in config_values.items() if key not in LEFT_OUT}
+            config = transformers.AutoConfig.for_model(kind, **values)
+        with torch.device("meta"):
+            if remote and (auto := remote_class(config)):
+                return getattr(transformers, auto).from_config(config, trust_remote_code=True)
+            model_class = class_of(config, class_name)
+            if not isinstance(config, model_class.config_class):
+                config = config.get_text_config()
+            return model_class._from_config(config, dtype=getattr(torch, DTYPES[dtype]))
+    except HfvramError:
+        raise
+    except Exception as error:  # the values are anyone's, and so is what the model's code does with them
+        reason = printable(" ".join(str(error).split()), 200)
+        raise HfvramError("bad_config", f"transformers can't build this {printable(kind, 60)} model: {reason}") from error
+
+
+def check(values: Any, name: str = "", depth: int = 0) -> None:
+    """Raises `bad_config` where a count of modules is absurd: each would be built, and take its time and memory."""
+    if depth > 16:
+        raise HfvramError("bad_config", "config.json is nested more than 16 deep")
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            check(value, str(key), depth + 1)
+    elif isinstance(values, list):
+        for value in values:
+            check(value, name, depth + 1)
+    elif isinstance(values, (int, float)) and not isinstance(values, bool):
+        counts = ("layers", "depth", "depths", "experts", "n_layer", "blocks")
+        limit = MAX_LAYERS if name.endswith(counts) else MAX_SIZE << 16
+        if values > limit and values != float("inf"):
+            raise HfvramError("bad_config", f"config.json: {printable(name, 60)} is {values}, more than {limit}")
+
+
+def remote_class(config: Any) -> str | None:
+    """The AutoModel class that the repository's own code fills in, the one that generates first."""
+    filled: Mapping[str, Any] = getattr(config, "auto_map", None) or {}
+    wanted = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText", "AutoModel")
+    return next((name for name in wanted if name in filled), None)
+
+
+def class_of(config: Any, class_name: str | None) -> Any:
+    """The model class of this name, or of the configuration.
+
+    A name is anyone's: only classes count that transformers exports and that build models from this configuration.
+    """
+    import transformers
+
+    def exported(name: Any) -> Any:
+        if not isinstance(name, str) or name.startswith("_") or name not in dir(transformers):
+            return None
+        found = getattr(transformers, name)
+        if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+            return None
+        text = config.sub_configs.get("text_config")
+        return found if found.config_class in (type(config), text) else None
+
+    if class_name is not None:
+        if (found := exported(class_name)) is None:
+            raise HfvramError(
+                "unknown_architecture",
+                f"transformers has no class {printable(class_name, 60)!r} for {printable(config.model_type, 60)!r}",
+            )
+        return found
+    for name in config.architectures or ():
+        if (found := exported(name)) is not None:
+            return found
+    for mapping in auto_mappings(config):
+        if type(config) in (classes := getattr(transformers, mapping)):
+            found = classes[type(config)]
+            return found[0] if isinstance(found, tuple) else found
+    raise HfvramError("unknown_architecture", f"transformers has no model for {printable(config.model_type, 60)!r}")
+
+
+def auto_mappings(config: Any) -> tuple[str, ...]:
+    """AutoModel's tables in the order in which a class is looked for: what generates, but encoders bare."""
+    import transformers
+
+    base = "MODEL_MAPPING"
+    if config.is_encoder_decoder:
+        return "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING", "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING", base
+    if config.get_text_config() is not config:
+        return "MODEL_FOR_MULTIMODAL_LM_MAPPING", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", base
+    if type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        return (base,)
+    return "MODEL_FOR_CAUSAL_LM_MAPPING", base
+
+
+def params(model: Any) -> tuple[Param, ...]:
+    """Every parameter and buffer of a built model, once (tied ones under their first name), in order of construction.
+
+    `dtype` is None where it is the model's own.
+    """
+    return tuple(_params(model))
+
+
+def _params(model: Any) -> Iterator[Param]:
+    seen: set[int] = set()
+    head = model.get_output_embeddings()
+    for path, module in model.named_modules():
+        for name, tensor in module.named_parameters(recurse=False):
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield _param(path, name, tensor, _kind(module, name, tensor, module is head), model.dtype)
+    for path, module in model.named_modules():
+        for name, tensor in module.named_buffers(recurse=False):
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield _param(path, name, tensor, "buffer", model.dtype)
+
+
+def _param(path: str, name: str, tensor: Any, kind: ParamKind, dtype: Any) -> Param:
+    own = None if tensor.dtype == dtype else NAMES.get(str(tensor.dtype), str(tensor.dtype).removeprefix("torch."))
+    return Param(f"{path}.{name}" if path else name, tuple(tensor.shape), kind, own)
+
+
+def _kind(module: Any, name: str, tensor: Any, head: bool) -> ParamKind:
+    """What a parameter is, by the kind of module that holds it."""
+    from torch import nn
+
+    of = type(module).__name__
+    if "Norm" in of:
+        return "norm"
+    if name == "bias" and tensor.dim() == 1:
+        return "bias"
+    if isinstance(module, nn.Linear) or of == "Conv1D":  # GPT-2's Conv1D is a linear layer, stored transposed
+        return "head" if head else "linear"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return "conv"
+    return "experts" if "Experts" in of and tensor.dim() == 3 else "other"
