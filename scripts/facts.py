@@ -47,7 +47,7 @@ LONG_LIST = 16
 
 
 def trim(config: Mapping[str, Any], defaults: Any = None) -> dict[str, Any]:
-    """The facts of one configuration; `defaults` is its class at its defaults: null and 0 are facts where they differ."""
+    """The facts of one configuration; against `defaults`, its class at its defaults, null and 0 are facts too."""
     facts: dict[str, Any] = {}
     for key, value in config.items():
         if key == "id2label" and isinstance(value, Mapping):
@@ -100,7 +100,7 @@ def folded(names: Iterable[str]) -> list[str]:
     for pattern, members in layers.items():
         whole_layer = pattern.endswith(
             (".*", ".**")
-        )  # `layers.0*` is all of one layer, `layers.**` would be all layers
+        )  # `layers.0*` is one layer, `layers.**` would be all
         out += members if len(members) < 4 or whole_layer else [pattern]
     return out
 
