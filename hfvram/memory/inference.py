@@ -13,7 +13,7 @@ from hfvram.memory.forward import Forward
 from hfvram.memory.mixers import feed, grow_cache, mix
 from hfvram.memory.timeline import Tag, Timeline
 from hfvram.model.architecture import Architecture
-from hfvram.model.layers import Attention, LatentAttention, Layer
+from hfvram.model.layers import Attention, FeedForward, LatentAttention, Layer
 
 GENERATE = "transformers 5.17: generation/utils.py"
 IDS = Tag("token ids, mask and positions", "inputs", "b·s·8", GENERATE)
@@ -29,16 +29,40 @@ def generate(t: Timeline, architecture: Architecture, f: Forward, new_tokens: in
 
     Of the steps, the first two and the last are written: between them the cache only grows.
     """
-    prompt = f.tokens
-    caches: list[list[int]] = [[] for _ in architecture.text.layers]
-    t.mark("prefill")
-    t.alloc(3 * f.batch * prompt * 8, IDS)
-    t.alloc(CUBLAS_BYTES, WORKSPACE)
-    forward(t, architecture, f, caches)
+    prompt, steps = f.tokens, new_tokens - 1
+    caches = prefill(t, architecture, f)
+    if not architecture.generates_cache:
+        forward(t, architecture, replace(f, tokens=prompt + steps), caches)
+        return
     t.mark("decode")
-    steps = new_tokens - 1
     for step in sorted({1, 2, steps} & set(range(1, steps + 1))):
         forward(t, architecture, replace(f, tokens=1, past=prompt + step - 1), caches)
+    _count_cache(t, caches)
+
+
+def prefill(t: Timeline, architecture: Architecture, f: Forward) -> list[list[int]]:
+    """One pass over `f.tokens` tokens a sequence that fills the cache. Returns each layer's handles of it."""
+    caches: list[list[int]] = [[] for _ in architecture.text.layers]
+    t.symbols = symbols(architecture, f)
+    t.mark("prefill")
+    t.alloc(3 * f.batch * f.tokens * 8, IDS)
+    t.alloc(CUBLAS_BYTES, WORKSPACE)
+    forward(t, architecture, f, caches)
+    _count_cache(t, caches)
+    return caches
+
+
+def encode(t: Timeline, architecture: Architecture, f: Forward) -> None:
+    """One pass of a model without a cache: hidden states, or logits of every token, come out."""
+    t.symbols = symbols(architecture, f)
+    t.mark("encode")
+    t.alloc(f.batch * f.tokens * 8, IDS)
+    t.alloc(CUBLAS_BYTES, WORKSPACE)
+    forward(t, architecture, f, [[] for _ in architecture.text.layers])
+
+
+def _count_cache(t: Timeline, caches: list[list[int]]) -> None:
+    t.cache_bytes = sum(t.sizes[handle] for cache in caches for handle in cache)
 
 
 def forward(t: Timeline, architecture: Architecture, f: Forward, caches: list[list[int]]) -> None:
@@ -112,6 +136,27 @@ def _parallel(t: Timeline, f: Forward, layer: Layer, width: int, cache: list[int
     total = t.alloc(f.bytes(width), HIDDEN)
     t.free(both, fed, *([mixed] if fed != mixed else []), normed, *kept)
     return total
+
+
+def symbols(architecture: Architecture, f: Forward) -> dict[str, int]:
+    """The field's symbols for this model and pass, so that formulas can be shown with their numbers."""
+    found = {
+        "b": f.batch,
+        "s": f.tokens,
+        "t": f.past + f.tokens,
+        "e": f.element_bytes,
+        "h": architecture.hidden_size,
+        "V": architecture.vocab_size,
+        "P": architecture.parameters,
+    }
+    if attention := architecture.attention:
+        found |= {"a": attention.heads, "a_kv": attention.kv_heads, "d": attention.head_dim}
+    dense = (x.feed_forward for x in architecture.text.layers if isinstance(x.feed_forward, FeedForward))
+    if feed_forward := next(dense, None):
+        found["f"] = feed_forward.intermediate_size
+    if moe := architecture.moe:
+        found |= {"f": moe.intermediate_size, "E": moe.experts, "k": moe.top_k}
+    return found
 
 
 def layer_width(layer: Layer) -> int:

@@ -1,0 +1,41 @@
+"""Where the true figure probably lies, by the errors of the measured cases most like the question."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+from hfvram.answer.estimate import Interval
+from hfvram.model.architecture import Architecture
+from hfvram.model.layers import Attention, LatentAttention
+from hfvram.request import Request
+
+MARGIN = 0.01
+"""Nothing is claimed to be nearer than this: other drivers and library versions move the last per cent."""
+
+
+def interval(architecture: Architecture, request: Request, device_bytes: int) -> Interval:
+    """`device_bytes` divided by one plus the largest and smallest error of the group's measured cases."""
+    name = group(architecture, request)
+    errors = _accuracy().get(name)
+    if errors is None:
+        return Interval(low_bytes=int(device_bytes * 0.9), high_bytes=int(device_bytes * 1.1), basis="no measured case is like this one: ±10 %")
+    low, high = min(errors["low"], -MARGIN), max(errors["high"], MARGIN)
+    basis = f"{errors['cases']} measured cases ({name}, H100): {errors['low']:+.1%} to {errors['high']:+.1%}"
+    return Interval(low_bytes=int(device_bytes / (1 + high)), high_bytes=int(device_bytes / (1 + low)), basis=basis)
+
+
+def group(architecture: Architecture, request: Request) -> str:
+    """The group of measured cases that a question belongs to, as `scripts/score.py` names them."""
+    if request.quant not in ("none", "auto"):
+        return "inference-quantized"
+    attention = (Attention, LatentAttention)
+    if any(not isinstance(m, attention) for layer in architecture.text.layers for m in layer.mixers):
+        return "inference-ssm"
+    return "inference-moe" if architecture.moe else "inference-dense"
+
+
+@cache
+def _accuracy() -> dict[str, dict[str, float]]:
+    """Errors of the formula engine's device figure by group, written by `scripts/score.py --accuracy`."""
+    found: dict[str, dict[str, float]] = json.loads(Path(__file__).with_name("accuracy.json").read_text())
+    return found

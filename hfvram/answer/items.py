@@ -1,0 +1,52 @@
+"""A timeline at its peak → items that add up to it, each with its formula in numbers."""
+
+from hfvram.answer.estimate import Item
+from hfvram.memory.allocator import Peaks
+from hfvram.memory.timeline import Tag, Timeline
+
+ALLOCATOR = "PyTorch 2.11: c10/cuda/CUDACachingAllocator.cpp"
+
+
+def items(timeline: Timeline, peaks: Peaks) -> tuple[Item, ...]:
+    """What is live at the peak, by name, largest first; what the allocator's rounding adds comes last."""
+    groups: dict[Tag, tuple[int, int]] = {tag: (n, 0) for tag, n in timeline.standing.bytes_by_tag.items()}
+    for handle in timeline.live(peaks.event):
+        tag, nbytes = timeline.tags[handle], timeline.sizes[handle]
+        if nbytes:
+            total, count = groups.get(tag, (0, 0))
+            groups[tag] = (total + nbytes, count + 1)
+    rounding = peaks.allocated_bytes - sum(total for total, _ in groups.values())
+    found = [
+        Item(
+            name=tag.name,
+            category=tag.category,
+            bytes=total,
+            formula=in_numbers(tag, total, count, timeline.symbols),
+            source=tag.source,
+            certainty=tag.certainty,
+        )
+        for tag, (total, count) in groups.items()
+    ]
+    found.sort(key=lambda item: -item.bytes)
+    if rounding:
+        words = "blocks of 512 B; remainders of 1 MiB and less are not split off"
+        found.append(Item(name="rounding", category="rounding", bytes=rounding, formula=words, source=ALLOCATOR, certainty="derived"))
+    return tuple(found)
+
+
+def in_numbers(tag: Tag, total: int, count: int, symbols: dict[str, int]) -> str:
+    """The tag's formula, how often it stands, and its numbers where they multiply to the bytes.
+
+    >>> tag = Tag("x", "activations", "b·s·f·e")
+    >>> in_numbers(tag, 3 * 1 * 8184 * 14336 * 2, 3, {"b": 1, "s": 8184, "f": 14336, "e": 2})
+    '3 × b·s·f·e = 3 × 1·8,184·14,336·2'
+    """
+    times = f"{count} × " if count > 1 else ""
+    parts = tag.formula.split("·")
+    values = [int(p) if p.isdigit() else symbols.get(p, 0) for p in parts]
+    product = max(count, 1)
+    for value in values:
+        product *= value
+    if not tag.formula or product != total:
+        return f"{times}{tag.formula}"
+    return f"{times}{tag.formula} = {times}{'·'.join(f'{v:,}' for v in values)}"

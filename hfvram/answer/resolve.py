@@ -1,0 +1,50 @@
+"""What a request leaves open, decided by the model: context, phase, dtypes. Says what was decided against the user's word."""
+
+from hfvram.errors import HfvramError
+from hfvram.memory.attention import implementation
+from hfvram.memory.forward import Forward
+from hfvram.model.architecture import Architecture
+from hfvram.model.layers import Attention
+from hfvram.request import CHOICES, Request
+
+DEFAULT_CTX = 4096
+DEFAULT_NEW_TOKENS = 8
+
+
+def resolve(architecture: Architecture, request: Request) -> tuple[Request, list[str]]:
+    """The request with nothing left open, and warnings."""
+    warnings = []
+    limit = architecture.max_positions
+    ctx = request.ctx or min(DEFAULT_CTX, limit or DEFAULT_CTX)
+    if limit and ctx > limit:
+        warnings.append(f"ctx {ctx:,} is over the model's limit of {limit:,} tokens")
+    encoder = architecture.task == "encoder"
+    phase = request.phase or ("encode" if encoder else "generate")
+    if encoder and phase != "encode":
+        raise HfvramError("usage", f"--phase {phase}: {architecture.class_name} keeps no cache, valid is encode")
+    if phase == "encode" and request.cache == "static":
+        raise HfvramError("usage", "--cache static goes with --phase generate")
+    new = request.new_tokens or min(DEFAULT_NEW_TOKENS, ctx - 1)
+    if phase == "generate" and new >= ctx > 1:
+        raise HfvramError("usage", f"--new-tokens {new} leaves no prompt in --ctx {ctx}: valid are 1 to {ctx - 1}")
+    own = architecture.quantization or "none"
+    attention = _attention(architecture, request)
+    if attention != request.attention:
+        warnings.append(f"{architecture.class_name} can't run --attention {request.attention}: {attention} runs instead")
+    return request.with_(
+        ctx=ctx,
+        phase=phase,
+        new_tokens=(new or None) if phase == "generate" else None,
+        dtype=architecture.dtype if request.dtype == "auto" else request.dtype,
+        quant=own if request.quant == "auto" and own in CHOICES["quant"] else request.quant,
+        kv_dtype=architecture.dtype if request.dtype == "auto" else request.dtype,
+        attention=attention,
+        gpus=1,
+        method="guide" if request.method == "guide" else "formula",
+    ), warnings
+
+
+def _attention(architecture: Architecture, request: Request) -> str:
+    parts = [m for layer in architecture.text.layers for m in layer.mixers if isinstance(m, Attention)]
+    forward = Forward(batch=1, tokens=1, attention=request.attention)
+    return implementation(forward, parts[0]) if parts else request.attention

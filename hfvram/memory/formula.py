@@ -1,0 +1,32 @@
+"""The formula engine: an architecture and a request → the timeline, in milliseconds and without torch."""
+
+from hfvram.memory.forward import Forward
+from hfvram.memory.inference import encode, generate, prefill
+from hfvram.memory.timeline import Timeline
+from hfvram.memory.weights import standing
+from hfvram.model.architecture import Architecture
+from hfvram.request import Request
+
+
+def timeline(architecture: Architecture, request: Request) -> Timeline:
+    """Inference of one request that leaves nothing open (`answer/resolve.py`)."""
+    ctx, new, dtype = request.ctx or 1, request.new_tokens or 0, request.dtype
+    quant = request.quant if request.quant != "auto" else architecture.quantization or "none"
+    t = Timeline(standing(architecture, dtype, quant, request.double_quant))
+    f = Forward(
+        batch=request.batch,
+        tokens=ctx - new if request.phase == "generate" else ctx,
+        dtype=dtype,
+        attention=request.attention,
+        kernels=request.kernels,
+        masked=request.padding,
+        quant=quant,
+        static_length=ctx - 1 if request.cache == "static" and request.phase == "generate" else 0,
+    )
+    if request.phase == "encode":
+        encode(t, architecture, f)
+    elif request.phase == "prefill" or not new:
+        prefill(t, architecture, f)
+    else:
+        generate(t, architecture, f, new)
+    return t
