@@ -20,6 +20,8 @@ class Forward:
     attention: str = "sdpa"
     kernels: str = "fused"
     masked: bool = False
+    mask_of_ones: bool = True
+    """Whether the model is given a mask of (batch, tokens) at all, as by generate()."""
     quant: str = "none"
     static_length: int = 0
     """Tokens that a static cache holds, 0 for a dynamic one."""

@@ -43,7 +43,7 @@ class Timeline:
     An allocation is an index into `sizes` and `tags`; a free is its complement (`~index`). `marks` name phases.
     """
 
-    __slots__ = ("cache_bytes", "events", "marks", "sizes", "standing", "symbols", "tags")
+    __slots__ = ("cache_bytes", "events", "marks", "sizes", "standing", "symbols", "tags", "tuned")
 
     def __init__(self, standing: Standing) -> None:
         self.standing = standing
@@ -53,6 +53,8 @@ class Timeline:
         self.marks: list[tuple[int, str]] = []
         self.symbols: dict[str, int] = {}
         """What the symbols of the formulas stand for."""
+        self.tuned: set[tuple[object, ...]] = set()
+        """Triton kernels that were launched already, by what their autotuner looks at."""
         self.cache_bytes = 0
         """The whole cache once the request is done, in raw sizes."""
 

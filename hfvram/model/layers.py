@@ -144,6 +144,10 @@ class Mamba1:
     dt_rank: int
     inner_norms: bool = False
     """Δ, B and C are normalized before the scan (Jamba, Falcon-Mamba)."""
+    heads: int = 1
+    """Scans that run one after the other, each over a part of d_inner (Zamba)."""
+    mask_of_ones: bool = False
+    """generate()'s mask is multiplied in even where no token is padding (Mamba, Falcon-Mamba)."""
     params: tuple[Param, ...]
 
 
@@ -161,6 +165,8 @@ class Mamba2:
     chunk_size: int
     gated_norm: bool = True
     """A gated RMSNorm follows the scan (absent in Falcon-H1 by default)."""
+    multipliers: bool = False
+    """Input and projection are scaled, each by a copy (Falcon-H1)."""
     params: tuple[Param, ...]
 
     @property
@@ -183,6 +189,9 @@ class GatedDeltaNet:
     key_dim: int
     value_dim: int
     d_conv: int
+    fused_projection: bool = True
+    """One projection for queries, keys, values and gate, sorted by copies after it (Qwen3-Next); else one for the first
+    three (Qwen3.5)."""
     params: tuple[Param, ...]
 
     @property
@@ -210,6 +219,7 @@ class LightningAttention:
     hidden_size: int
     heads: int
     head_dim: int
+    block_size: int = 256
     params: tuple[Param, ...]
 
 
@@ -280,6 +290,8 @@ class Layer:
     """Attention and feed-forward read the same input and are added together (GPT-J, Phi, Falcon)."""
     streams: int = 1
     """Copies of the residual that are kept and mixed (DeepSeek-V4's hyper-connections)."""
+    residual_fp32: bool = False
+    """The residual stream is fp32 whatever the weights are (`residual_in_fp32` of Mamba and Mamba-2)."""
     params: tuple[Param, ...] = ()
     """Norms and whatever else belongs to no part of it."""
 
