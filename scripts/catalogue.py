@@ -6,8 +6,9 @@
 A line of facts is `id`, `config` (the values of config.json that decide architecture and memory) or `like` (the id of a
 line with the same configuration), `source` (where the facts are from), and where they apply: `published` (an exact
 parameter count to agree with) and `gated`. Every model is built by transformers on the meta device; a count that
-disagrees with the published one is an error. Counted is the model as transformers builds it: FLAN-T5's checkpoints
-hold an output head of their own besides (FLAN-T5 base: 24,674,304 more), DeepSeek's a layer that predicts further tokens.
+disagrees with the published one is an error. Counted is the model as transformers builds it: the checkpoints of FLAN-T5
+hold an output head of their own besides (24,674,304 more in the base model), DeepSeek's a layer that predicts further
+tokens.
 
 --check writes nothing and fails if the file would change.
 """
