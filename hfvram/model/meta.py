@@ -58,7 +58,9 @@ def build(
         raise
     except Exception as error:  # the values are anyone's, and so is what the model's code does with them
         reason = printable(" ".join(str(error).split()), 200)
-        raise HfvramError("bad_config", f"transformers can't build this {printable(kind, 60)} model: {reason}") from error
+        raise HfvramError(
+            "bad_config", f"transformers can't build this {printable(kind, 60)} model: {reason}"
+        ) from error
 
 
 def check(values: Any, name: str = "", depth: int = 0) -> None:
@@ -99,7 +101,7 @@ def class_of(config: Any, class_name: str | None) -> Any:
         if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
             return None
         text = config.sub_configs.get("text_config")
-        return found if found.config_class in (type(config), text) else None
+        return found if getattr(found, "config_class", None) in (type(config), text) else None
 
     if class_name is not None:
         if (found := exported(class_name)) is None:
@@ -133,7 +135,7 @@ def auto_mappings(config: Any) -> tuple[str, ...]:
 
 
 def params(model: Any) -> tuple[Param, ...]:
-    """Every parameter and buffer of a built model, once (tied ones under their first name), in order of construction.
+    """Every parameter and buffer of a built model, in order of construction, tied ones once: a head as the embedding.
 
     `dtype` is None where it is the model's own.
     """
@@ -142,10 +144,12 @@ def params(model: Any) -> tuple[Param, ...]:
 
 def _params(model: Any) -> Iterator[Param]:
     seen: set[int] = set()
-    head = model.get_output_embeddings()
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = None if embedding is None else getattr(embedding, "weight", None)
     for path, module in model.named_modules():
         for name, tensor in module.named_parameters(recurse=False):
-            if id(tensor) not in seen:
+            # A few models register the head before the embedding that it is tied to.
+            if id(tensor) not in seen and not (module is head and tensor is tied):
                 seen.add(id(tensor))
                 yield _param(path, name, tensor, _kind(module, name, tensor, module is head), model.dtype)
     for path, module in model.named_modules():

@@ -26,6 +26,8 @@ MODULES: dict[str, tuple[str, ...]] = {
     "gpt": ("gpt2", "gpt_bigcode", "gpt_neo", "gptj", "codegen", "gpt_neox", "opt", "bloom", "falcon", "mpt"),
     "deepseek": ("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "glm4_moe_lite", "minicpm3"),
     "deepseek_v4": ("deepseek_v4",),
+    "llava": ("llava", "mistral3", "gemma3"),
+    "qwen_vl": ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"),
     "mamba": ("mamba", "falcon_mamba", "mamba2"),
     "jamba": ("jamba",),
     "bamba": ("bamba", "granitemoehybrid", "falcon_h1"),
@@ -35,6 +37,11 @@ MODULES: dict[str, tuple[str, ...]] = {
     "lfm2": ("lfm2", "lfm2_moe"),
     "recurrent_gemma": ("recurrent_gemma",),
     "minimax": ("minimax",),
+    "bert": ("bert", "roberta", "xlm-roberta", "camembert", "electra", "mpnet"),
+    "distilbert": ("distilbert",),
+    "albert": ("albert",),
+    "deberta": ("deberta", "deberta-v2"),
+    "modernbert": ("modernbert", "nomic_bert"),
 }
 """Module of this package → the model types that it reads, each by its function `read`."""
 

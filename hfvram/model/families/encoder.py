@@ -1,0 +1,93 @@
+"""What encoders share: which class is built, what stands on top of it, and the model around the layers."""
+
+from collections.abc import Iterable
+from typing import Any, Literal, get_args
+
+from hfvram.errors import HfvramError, printable
+from hfvram.model.architecture import Architecture, Stack
+from hfvram.model.config import Config
+from hfvram.model.families.common import dtype_of, max_positions, num_labels
+from hfvram.model.layers import Param, linear, norm
+
+Head = Literal["bare", "masked", "causal", "sequence", "tokens", "answers", "choice", "pretraining", "next"]
+
+HEADS: dict[str, Head] = {
+    "Model": "bare",
+    "ForMaskedLM": "masked",
+    "LMHeadModel": "causal",
+    "ForCausalLM": "causal",
+    "ForSequenceClassification": "sequence",
+    "ForTokenClassification": "tokens",
+    "ForQuestionAnswering": "answers",
+    "ForMultipleChoice": "choice",
+    "ForPreTraining": "pretraining",
+    "ForNextSentencePrediction": "next",
+}
+"""End of a class's name → its head."""
+
+
+def class_and_head(
+    config: Config, asked: str | None, family: str, known: Iterable[Head] = get_args(Head)
+) -> tuple[str, Head]:
+    """The class to build, and its head: the one asked for, else the first of `architectures` that is the family's, else
+    the bare model. Raises `unknown_architecture` for a class that the family's reader doesn't know."""
+    known = tuple(known)
+    for name in (asked,) if asked else config.strings("architectures") or ():
+        head = HEADS.get(name.removeprefix(family)) if name.startswith(family) else None
+        if head in known:
+            return name, head
+        if head or asked:
+            break
+    else:
+        return f"{family}Model", "bare"
+    raise HfvramError("unknown_architecture", f"the class {printable(name, 60)!r} of {config.model_type} is not known")
+
+
+def label_head(config: Config, head: Head, hidden: int, name: str = "classifier") -> tuple[Param, ...]:
+    """One linear layer over labels: of tokens, of sequences, of answers' starts and ends, or of one choice."""
+    if head == "answers":
+        name = "qa_outputs"
+    return linear(name, hidden, 1 if head == "choice" else num_labels(config), bias=True, kind="head")
+
+
+def dense_head(config: Config, hidden: int, name: str = "classifier") -> tuple[Param, ...]:
+    """RoBERTa's classifier: a dense layer, then one over the labels."""
+    last = linear(f"{name}.out_proj", hidden, num_labels(config), bias=True, kind="head")
+    return linear(f"{name}.dense", hidden, hidden, bias=True) + last
+
+
+def masked_head(
+    name: str, hidden: int, width: int, vocab: int, tied: bool, dense: str = "dense", normed: str = "LayerNorm"
+) -> tuple[Param, ...]:
+    """A masked language model's head: a dense layer to `width`, a norm, and a decoder with a bias.
+
+    The decoder's weight is the embedding where `tied`, and its bias then the head's.
+    """
+    bias = (Param(f"{name}.bias", (vocab,), "bias"),)
+    decoder = () if tied else linear(f"{name}.decoder", width, vocab, bias=True, kind="head")
+    return (
+        bias
+        + linear(f"{name}.{dense}", hidden, width, bias=True)
+        + norm(f"{name}.{normed}", width, bias=True)
+        + decoder
+    )
+
+
+def encoder(config: Config, class_name: str, stack: Stack, head: tuple[Param, ...] = (), **facts: Any) -> Architecture:
+    """The model of `class_name` whose one stack this is; `facts` are more of `Architecture`, and win."""
+    values: dict[str, Any] = {
+        "task": "encoder",
+        "max_positions": max_positions(config),
+        "final_norm": None,
+        "vocab_size": config.size("vocab_size", default=1),
+    }
+    return Architecture(
+        model_type=config.model_type,
+        class_name=class_name,
+        stacks=(stack,),
+        main=stack.name,
+        hidden_size=stack.hidden_size,
+        dtype=dtype_of(config),
+        head=head,
+        **(values | facts),
+    )
