@@ -235,3 +235,24 @@ def test_ctrl_c_is_quiet_and_130() -> None:
     process.send_signal(signal.SIGINT)
     assert "Traceback" not in process.communicate(timeout=60)[1]
     assert process.returncode == 130
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("first-command-80.txt", ["--gpu", "H100"]),
+        ("first-command-120.txt", []),
+        ("first-command-explain.txt", ["--explain"]),
+        ("first-command.md", ["--markdown", "--gpu", "24GB"]),
+        ("first-command.json", ["--json"]),
+    ],
+)
+def test_the_first_command_with_no_network(name: str, options: list[str], tmp_path: Path) -> None:
+    args = ["mistralai/Mixtral-8x7B", "--mode", "inference", "--ctx", "8192", "--offline", *options]
+    done = run(*args, HF_HOME=str(tmp_path), COLUMNS="120" if "120" in name else "80")
+    golden = Path(__file__).parent.parent / "fixtures" / "golden" / name
+    if os.environ.get("HFVRAM_GOLDEN"):
+        golden.write_text(done.stdout)
+    assert done.stdout == golden.read_text()
+    assert "taken as mistralai/Mixtral-8x7B-v0.1" in done.stderr
+    assert done.returncode == (3 if "--gpu" in options else 0)

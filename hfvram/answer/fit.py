@@ -73,7 +73,8 @@ def largest(taken: Callable[[int], int], capacity: int, start: int, most: int) -
     """The n in 1…most for which n fits and n + 1 does not, searched from `start`; 0 where 1 does not fit.
 
     `taken` grows with n, nearly in a straight line: a guess on the line through the two ends and a bisection take
-    turns, so that a few evaluations do. Exact: both n and n + 1 have been evaluated.
+    turns, so that a few evaluations do. Exact: both n and n + 1 have been evaluated. (What the allocator reserves may
+    drop again further on, where sizes happen to match its segments; such an island is not looked for.)
 
     >>> largest(lambda n: 1000 + 7 * n, 10_000, start=64, most=10**9)
     1285

@@ -62,12 +62,13 @@ def shape(m: ModelFacts) -> Iterator[str]:
 def asked(e: Estimate) -> Iterator[str]:
     """The request in words: its main options, and every other that is not the default."""
     new = f" ({e.request.new_tokens:,} new)" if e.request.phase == "generate" and e.request.new_tokens else ""
-    yield f"{e.request.mode} with {e.request.ctx or 0:,} tokens of context{new}, batch {e.request.batch:,}"
+    tokens = "token" if e.request.ctx == 1 else "tokens"
+    yield f"{e.request.mode} with {e.request.ctx or 0:,} {tokens} of context{new}, batch {e.request.batch:,}"
     told = {"mode", "ctx", "batch", "new_tokens", "gpu", "method", "max_ctx", "max_batch", "recommend"}
-    told |= {"phase"} if e.request.phase == "generate" else set()
-    default = Request().to_dict()
+    expected = Request().to_dict() | {"phase": "generate", "quant": "none", "gpus": 1}
+    expected |= {"dtype": e.model.dtype, "kv_dtype": e.request.dtype}
     for name, value in e.request.to_dict().items():
-        if name not in told and value != default[name]:
+        if name not in told and value not in (expected[name], "auto", None):
             words = name.replace("_", " ")
             yield words if value is True else f"no {words}" if value is False else f"{words} {_value(value)}"
     yield f"method {e.method}"
@@ -127,7 +128,7 @@ def totals(e: Estimate, width: int, paint: Paint) -> list[str]:
         *((name, size(count), "") for name, count in whole.items() if count),
         ("peak allocated", size(e.peak_allocated_bytes), "in live blocks"),
         ("peak reserved", size(e.peak_reserved_bytes), "held by PyTorch's caching allocator"),
-        ("on the device", size(e.device_bytes), f"with context and kernels; {low} to {high} ({e.interval.basis})"),
+        ("on the device", size(e.device_bytes), f"with context and kernels; {low} to {high}: {e.interval.basis}"),
         ("rule of thumb", size(e.guide.bytes), e.guide.formula),
     ]
     return [_painted(line, {"on the device": "bold"}, paint) for line in columns(rows, width, "<><")]
