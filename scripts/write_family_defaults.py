@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
@@ -63,11 +63,10 @@ def prefix(name: str) -> str:
     return f"{getattr(transformers, name).base_model_prefix}."
 
 
-def facts(model_type: str, known: dict[str, Any]) -> None:
+def facts(model_type: str, kind: type[PreTrainedConfig], known: dict[str, Any]) -> None:
     """Adds the facts of one type, and of the types in its sections."""
-    if model_type in known or model_type not in CONFIG_MAPPING:
+    if model_type in known:
         return
-    kind: type[PreTrainedConfig] = CONFIG_MAPPING[model_type]
     defaults = {
         f.name: f.default for f in dataclasses.fields(kind) if plain(f.default) and not LEFT_OUT.search(f.name)
     }
@@ -84,19 +83,23 @@ def facts(model_type: str, known: dict[str, Any]) -> None:
     built = kind()
     for name in kind.sub_configs:
         nested = getattr(built, name, None)
-        if nested is None:
+        if nested is None or isinstance(nested, dict):
             continue
-        facts(nested.model_type, known)
-        base = known.get(nested.model_type, {"defaults": {}})["defaults"]
+        # A section whose class shares its type with another (or has none) is known by its place.
+        own = nested.model_type
+        if not own or own == model_type or CONFIG_MAPPING.get(own, type(nested)) is not type(nested):
+            own = f"{model_type}.{name}"
+        facts(own, type(nested), known)
+        base = known[own]["defaults"]
         unlike = {k: v for k, v in nested.to_dict().items() if k in base and plain(v) and v != base[k]}
-        entry["sections"][name] = {"type": nested.model_type, "absent": unlike}
+        entry["sections"][name] = {"type": own, "any": kind.sub_configs[name] is AutoConfig, "absent": unlike}
 
 
 def main() -> int:
     known: dict[str, Any] = {}
     for types in MODULES.values():
         for model_type in types:
-            facts(model_type, known)
+            facts(model_type, CONFIG_MAPPING[model_type], known)
     lines = (f"{json.dumps(k)}: {json.dumps(v, separators=(', ', ': '))}" for k, v in sorted(known.items()))
     text = "{\n" + ",\n".join(lines) + "\n}\n"
     if "--check" in sys.argv:

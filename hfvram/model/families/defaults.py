@@ -22,7 +22,11 @@ def _table() -> Mapping[str, Mapping[str, Any]]:
 def known(config: Config, model_type: str | None = None) -> Config:
     """The configuration with the defaults of its type (its own, else `model_type`) behind it."""
     kind = config.model_type or model_type or ""
-    if (facts := _table().get(kind)) is None:
+    return _known(config, kind, kind)
+
+
+def _known(config: Config, kind: str, key: str) -> Config:
+    if (facts := _table().get(key)) is None:
         return config
     return Config(config.values, facts["defaults"] | {"model_type": kind}, facts["aliases"])
 
@@ -37,8 +41,10 @@ def section(config: Config, name: str) -> Config:
     if nested is None:
         if facts is None:
             raise HfvramError("bad_config", f"config.json has no {name}: the model's sizes can't be known without it")
-        return known(Config(facts["absent"]), facts["type"])
-    return known(nested, facts["type"] if facts else None)
+        nested = Config(facts["absent"])
+    if facts is None or (facts["any"] and nested.model_type):
+        return known(nested)
+    return _known(nested, nested.model_type or facts["type"], facts["type"])
 
 
 def class_of(config: Config, asked: str | None = None) -> str:

@@ -73,6 +73,7 @@ EXPERTS: dict[str, Experts] = {
     "minimax_m2": Experts(),
     "olmoe": Experts(),
     "qwen3_moe": Experts(width="moe_intermediate_size", sparse=_qwen),
+    "qwen3_vl_moe_text": Experts(width="moe_intermediate_size", sparse=_qwen),
     "qwen2_moe": Experts(
         width="moe_intermediate_size",
         shared="shared_expert",

@@ -4,7 +4,7 @@ A flag that the configuration decides is given by its key. Source: transformers 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from hfvram.model.config import Config
@@ -215,6 +215,13 @@ STYLES: dict[str, Style] = {
     "gpt_oss": Style(**_ATTENTION, sliding=_every(2)),
     "glm4_moe": Style(bias="attention_bias", qk_norm="head", qk_norm_if="use_qk_norm", rotary_factor=0.5),
     "ernie4_5_moe": Style(bias="use_bias", out_bias="use_bias", mlp_bias="use_bias", rope="interleaved", head_bias="use_bias"),
+    # Text models inside of others (`multimodal.py`).
+    "qwen2_vl_text": _QWEN2,
+    "qwen2_5_vl_text": _QWEN2,
+    "qwen2_5_omni_text": _QWEN2,
+    "qwen2_5_omni_talker": _QWEN2,
+    "qwen3_vl_text": _QWEN3,
+    "qwen3_vl_moe_text": replace(_QWEN3, window_if=False),
     # Latent attention (`deepseek.py`).
     "deepseek_v2": Style(mlp_bias="mlp_bias"),
     "deepseek_v3": _MISTRAL,
