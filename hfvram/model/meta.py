@@ -173,8 +173,10 @@ def _kind(module: Any, name: str, tensor: Any, head: bool) -> ParamKind:
         return "norm"
     if name == "bias" and tensor.dim() == 1:
         return "bias"
-    if isinstance(module, nn.Linear) or of == "Conv1D":  # GPT-2's Conv1D is a linear layer, stored transposed
+    if type(module) is nn.Linear or of == "Conv1D":  # GPT-2's Conv1D is a linear layer, stored transposed
         return "head" if head else "linear"
+    if isinstance(module, nn.Linear):
+        return "linear_subclass"
     if isinstance(module, nn.Embedding):
         return "embedding"
     if isinstance(module, nn.modules.conv._ConvNd):
