@@ -43,20 +43,24 @@ class Repo:
 
     def at(self, revision: str) -> dict[str, "bytes | Sparse"] | None:
         every = {"main": self.files, **self.revisions}
-        return every.get(revision) or next((f for f in every.values() if commit_of(f) == revision), None)
+        return (
+            every[revision]
+            if revision in every
+            else next((f for f in every.values() if commit_of(f) == revision), None)
+        )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Asked:
-    """One request as the server saw it."""
+    """One request as the server saw it; `sent` grows while the answer goes out."""
 
     path: str
     host: str
     token: str | None
     range: str | None
     agent: str
-    status: int
-    sent: int
+    status: int = 0
+    sent: int = 0
 
 
 def commit_of(files: Mapping[str, "bytes | Sparse"]) -> str:
@@ -65,7 +69,7 @@ def commit_of(files: Mapping[str, "bytes | Sparse"]) -> str:
 
 
 def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]], pad_to: int | None = None) -> tuple[bytes, int]:
-    """Length, JSON and the size of the data of a safetensors file. `pad_to` is the JSON's length, filled with spaces."""
+    """Length, JSON and the size of the data of a safetensors file; spaces fill the JSON up to `pad_to`."""
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, (dtype, shape) in tensors.items():
@@ -124,13 +128,14 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         hub = self.hub
         time.sleep(hub.latency)
-        self.truncate = False
-        self.status = self.sent = 0
         fault = None
         if hub.only in self.path:
             fault = hub.faults.popleft() if hub.faults else hub.always
-        auth = self.headers.get("Authorization")
+        self.truncate, self.drip = fault == "truncate", fault == "drip"
+        auth, host = self.headers.get("Authorization"), self.headers.get("Host", "")
         self.token = auth.removeprefix("Bearer ") if auth else None
+        self.asked = Asked(self.path, host, self.token, self.headers.get("Range"), self.headers.get("User-Agent", ""))
+        hub.log.append(self.asked)
         try:
             if fault == "reset":
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -145,14 +150,9 @@ class _Handler(BaseHTTPRequestHandler):
             elif fault == "loop":
                 self.answer(302, b"", {"Location": self.path})
             else:
-                self.truncate = fault == "truncate"
-                self.drip = fault == "drip"
                 self.route()
         except OSError:
             self.close_connection = True
-        finally:
-            seen = (self.headers.get("Host", ""), self.token, self.headers.get("Range"), self.headers.get("User-Agent", ""))
-            hub.log.append(Asked(self.path, *seen, self.status, self.sent))
 
     def route(self) -> None:
         url = urlsplit(self.path)
@@ -235,23 +235,23 @@ class _Handler(BaseHTTPRequestHandler):
         self.send(status, {"Content-Length": str(len(body)), **(headers or {})}, iter([body]), len(body))
 
     def send(self, status: int, headers: Mapping[str, str], chunks: Iterator[bytes], size: int) -> None:
-        self.status = status
+        self.asked.status = status
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
         most = size // 2 if self.truncate and size else size
         for chunk in chunks:
-            piece = chunk[: most - self.sent]
-            if getattr(self, "drip", False):
+            piece = chunk[: most - self.asked.sent]
+            if self.drip:
                 for i in range(len(piece)):
                     self.wfile.write(piece[i : i + 1])
                     self.wfile.flush()
                     time.sleep(0.05)
             else:
                 self.wfile.write(piece)
-            self.sent += len(piece)
-            if self.sent >= most:
+            self.asked.sent += len(piece)
+            if self.asked.sent >= most:
                 break
         self.wfile.flush()
         if most < size:

@@ -23,7 +23,7 @@ def test_names_stay_in_the_folder(hf_home: Path) -> None:
     cache.store("a/b", "at ../../../escape", {})
     assert cache.load("a/b", "at ../../../escape") == {}
     assert [p.name for p in entry(hf_home).parent.iterdir()] == ["at%20..%2F..%2F..%2Fescape.json.z"]
-    assert [p for p in hf_home.parent.rglob("escape*")] == []
+    assert list(hf_home.parent.rglob("escape*")) == []
 
 
 def test_damaged_entries_count_as_absent(hf_home: Path) -> None:

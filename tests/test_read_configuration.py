@@ -20,7 +20,8 @@ def test_what_is_published_is_read() -> None:
 @pytest.mark.parametrize(
     "raw",
     [
-        b"", b"{", b"null", b"[]", b'"text"', b"12", b"\xff\xfe{}", b"{'a': 1}", b"<html>", b'{"a": ' + b"9" * 5000 + b"}",
+        b"", b"{", b"null", b"[]", b'"text"', b"12", b"\xff\xfe{}", b"{'a': 1}", b"<html>",
+        b'{"a": ' + b"9" * 5000 + b"}",
         b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", b'{"a":' * 50_000 + b"1" + b"}" * 50_000,
         b'{"a":"' + b"x" * 10_000_001 + b'"}', b"[" + b"[]," * 3_000_000 + b"[]]",
     ],
@@ -43,4 +44,4 @@ def test_random_bytes_never_crash(raw: bytes) -> None:
     try:
         assert isinstance(parse_object(raw, "c"), dict)
     except HfvramError as e:
-        assert e.kind == "bad_config"
+        assert e.kind == "bad_config"  # noqa: PT017

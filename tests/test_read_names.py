@@ -42,7 +42,9 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_hostile_names_are_refused_in_one_clean_line(text: str, tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hostile_names_are_refused_in_one_clean_line(
+    text: str, tmp_path: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(str(tmp_path))
     if text in ("..", ".", "/"):  # these exist: folders
         assert parse_name(text) == LocalPath(text)

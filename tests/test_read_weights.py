@@ -24,7 +24,10 @@ def numbered(stem: str, count: int, have: int | None = None) -> list[str]:
             [*numbered("model", 2), *numbered("model", 3), "model.safetensors.index.json"],
             Weights(index="model.safetensors.index.json"),
         ),
-        ([*numbered("model", 3, have=2), "model.safetensors.index.json"], Weights(index="model.safetensors.index.json")),
+        (
+            [*numbered("model", 3, have=2), "model.safetensors.index.json"],
+            Weights(index="model.safetensors.index.json"),
+        ),
         (numbered("model", 3, have=2), Weights()),
         (["gptq_model-4bit-128g.safetensors"], Weights(("gptq_model-4bit-128g.safetensors",))),
         (["a.safetensors", "b.safetensors"], Weights(choices=("a.safetensors", "b.safetensors"))),
@@ -37,13 +40,20 @@ def test_which_files_are_the_weights(files: list[str], expected: Weights) -> Non
 
 
 def test_weights_of_a_component() -> None:
-    files = ["unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors", "vae/model.safetensors"]
+    files = [
+        "unet/diffusion_pytorch_model.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "vae/model.safetensors",
+    ]
     assert find_weights(files, "unet/") == Weights(("unet/diffusion_pytorch_model.safetensors",))
     assert find_weights(files) == Weights()
 
 
 def test_an_index_names_only_what_is_there() -> None:
     index = {"weight_map": {"a": "x.safetensors", "b": "../../secret", "c": 7, "d": "x.safetensors"}}
-    assert shards_of_index(index, "sub/model.safetensors.index.json", {"sub/x.safetensors"}) == (("sub/x.safetensors",), 1)
+    assert shards_of_index(index, "sub/model.safetensors.index.json", {"sub/x.safetensors"}) == (
+        ("sub/x.safetensors",),
+        1,
+    )
     assert shards_of_index({"weight_map": []}, "i", set()) == ((), 0)
     assert shards_of_index({}, "i", set()) == ((), 0)

@@ -34,7 +34,7 @@ class DiskFolder:
 
 
 def list_files(path: str) -> frozenset[str]:
-    """Regular files of a folder and of the folders in it, by relative path. Raises `io`."""
+    """Regular files of a folder and of the folders in it, by relative path, if it can be printed. Raises `io`."""
     found: set[str] = set()
 
     def look(folder: str, prefix: str) -> None:
@@ -42,6 +42,8 @@ def list_files(path: str) -> frozenset[str]:
             for entry in entries:
                 if len(found) >= MAX_FILES:
                     return
+                if not entry.name.isprintable():
+                    continue
                 if entry.is_file():
                     found.add(prefix + entry.name)
                 elif not prefix and entry.is_dir() and not entry.name.startswith("."):

@@ -82,7 +82,7 @@ class Hub:
             return RepoInfo(
                 id=name if is_repo_id(name) else repo.id,
                 commit=answer["sha"] if is_commit(answer["sha"]) else _unexpected(url),
-                files=frozenset(s["rfilename"] for s in listed if "\0" not in s["rfilename"]) if listed else None,
+                files=frozenset(s["rfilename"] for s in listed if s["rfilename"].isprintable()) if listed else None,
                 parameters=_counts((answer.get("safetensors") or {}).get("parameters")),
             )
         except (AttributeError, KeyError, TypeError):
@@ -213,7 +213,8 @@ class Hub:
         self._body(r, 1 << 16)
         if status == 429:
             wait = _retry_after(r.headers)
-            raise _TryAgain("rate_limited", f"limits the rate: try again in {wait:.0f} s, or log in", wait)
+            when = f"in {wait:.0f} s" if wait else "later"
+            raise _TryAgain("rate_limited", f"limits the rate: try again {when}, or pass a token", wait)
         if status >= 500 or status == 408:
             raise _TryAgain("network", f"answers with status {status}: try again later")
         if status == 416:
@@ -255,6 +256,8 @@ def _hub_headers(token: str | None) -> dict[str, str]:
 
     try:
         token = token or (None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token())
+    except OSError:  # a token file that isn't ours to read
+        token = None
     except Exception as e:  # a login that has to be renewed, and can't be: many kinds, of huggingface_hub and below
         raise HfvramError("unauthorized", f"no token could be had: {e}") from None
     headers = {"user-agent": f"hfvram/{__version__}; hf_hub/{hub_version}; python/{platform.python_version()}"}

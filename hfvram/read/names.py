@@ -13,7 +13,7 @@ _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.\-]{0,94}[A-Za-z0-9_])?"
 _ID = re.compile(rf"(?:{_PART}/)?{_PART}")
 _REVISION = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.+/\-]{0,199}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_LOOKS_LIKE_A_PATH = re.compile(r"[/~\\]|\.{1,2}/|.*\.(?:json|safetensors|gguf)$")
+_LOOKS_LIKE_A_PATH = re.compile(r"[/~\\]|\.{1,2}/|.*\.(?:json|safetensors)$", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +65,9 @@ def parse_name(text: str, revision: str | None = None, *, local: bool = True) ->
         return LocalPath(path)
     shown = printable(text, 120)
     repo, inner = _from_address(text, shown) if "://" in text else _split_revision(text)
+    if local and "://" not in text and _LOOKS_LIKE_A_PATH.match(text):
+        raise HfvramError("not_found", f"{shown}: no such file or folder")
     if not is_repo_id(repo):
-        if local and _LOOKS_LIKE_A_PATH.match(text):
-            raise HfvramError("not_found", f"{shown}: no such file or folder")
         raise HfvramError("not_found", f"{shown!r} is no Hub id: expected ORG/NAME, ORG/NAME@REVISION, or a path")
     if inner and revision is not None and inner != revision:
         raise HfvramError("usage", f"two revisions of {repo}: {inner} in the name, {revision} beside it; give one")

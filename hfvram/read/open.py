@@ -80,9 +80,9 @@ def _with_base(adapter: Adapter, local: bool, hub: Hub, adapters: tuple[str, ...
     if adapter.id in adapters or len(adapters) >= _MAX_ADAPTERS:
         raise HfvramError("no_config", f"the adapter {adapter.id} rests on itself, or on too many others")
     try:
+        if local and "\0" not in base and not os.path.exists(base) and os.path.exists(os.path.join(adapter.id, base)):
+            base = os.path.join(adapter.id, base)
         name = parse_name(base, revision if isinstance(revision, str) and revision else None, local=local)
-        if local and isinstance(name, RepoName) and os.path.isdir(beside := os.path.join(adapter.id, base)):
-            name = LocalPath(beside)
         checkpoint = _read(name, hub, None, (*adapters, adapter.id))
     except HfvramError as e:
         raise HfvramError(e.kind, f"base model of the adapter {adapter.id}: {e.message}") from None
@@ -109,7 +109,7 @@ def _read_local(path: str, file: str | None) -> Checkpoint | Adapter:
         return Checkpoint(id=shown, source="local", config=parse_object(read_text(path), shown))
     folder = DiskFolder(shown, parent, list_files(parent))
     if name == "adapter_config.json":
-        return read_adapter(folder)
+        return read_adapter(replace(folder, id=printable(parent)))
     one_of_many = not name.endswith(".safetensors") or name in find_weights(folder.files).shards
     return read_folder(folder, file or (None if one_of_many else name))
 
@@ -146,6 +146,7 @@ def _locate(repo: RepoName, hub: Hub) -> tuple[Folder, list[str]]:
     known = cache.load(repo.id, f"at {repo.revision}") or {}
     commit = repo.revision if repo.pinned else known.get("commit")
     info: RepoInfo | None = None
+    gone: HfvramError | None = None
     if not hub.offline and not repo.pinned:
         try:
             info = hub.info(repo, only_commit=commit is not None)
@@ -154,7 +155,7 @@ def _locate(repo: RepoName, hub: Hub) -> tuple[Folder, list[str]]:
             if commit is None or e.kind not in ("network", "rate_limited"):
                 raise
             warnings.append(f"answered from the cache, as of the last time the Hub was asked: {e.message}")
-            hub.offline = True
+            gone, hub.offline = e, True
     kept_id = info.id if info else known.get("id", repo.id)
     if commit and (folder := HubFolder.from_cache(hub, RepoName(kept_id, commit))):
         return folder, warnings
@@ -163,7 +164,8 @@ def _locate(repo: RepoName, hub: Hub) -> tuple[Folder, list[str]]:
         if hub.offline or _whole(local):
             return local, warnings
     if hub.offline:
-        raise HfvramError("offline", f"{repo.id} at {repo.revision} is not in the cache: ask again without --offline")
+        message = f"{repo.id} at {repo.revision} is not in the cache: ask again without --offline or HF_HUB_OFFLINE"
+        raise gone or HfvramError("offline", message)
     if info is None or info.files is None:
         info = hub.info(RepoName(kept_id, commit or repo.revision))
     if info.files is None:

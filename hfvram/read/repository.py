@@ -50,7 +50,8 @@ def read_tensor_table(folder: Folder) -> tuple[StoredTensor, ...] | None:
 
 def is_adapter(files: frozenset[str]) -> bool:
     """Whether a folder is a PEFT adapter and not a model that has one lying beside it."""
-    return _ADAPTER in files and (_CONFIG not in files or find_weights(files) == Weights())
+    model = find_weights(files) != Weights() or any(f.startswith("pytorch_model") for f in files)
+    return _ADAPTER in files and not (_CONFIG in files and model)
 
 
 def read_adapter(folder: Folder) -> Adapter:
@@ -156,7 +157,7 @@ def _picked(folder: Folder, file: str) -> Weights:
 
 
 def _no_config(folder: Folder, prefix: str) -> HfvramError:
-    if any(f.endswith(".gguf") for f in folder.files):
+    if {f.rpartition(".")[2] for f in folder.files} & {"gguf", "safetensors"} == {"gguf"}:
         return HfvramError("usage", f"{folder.id} holds GGUF files: reading them comes later")
     return HfvramError("no_config", f"{folder.id} has no {prefix}{_CONFIG}: there is nothing to read a model from")
 

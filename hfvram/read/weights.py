@@ -28,7 +28,7 @@ def find_weights(files: Collection[str], prefix: str = "") -> Weights:
     The order is that of transformers and diffusers: one whole `model.safetensors`, then the shards. A complete set
     of shards by their names needs no index, which for a large MoE is larger than a whole answer may be.
 
-    >>> find_weights(["m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors", "consolidated.safetensors"]).shards
+    >>> find_weights(["m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors", "adapter.safetensors"]).shards
     ('m-00001-of-00002.safetensors', 'm-00002-of-00002.safetensors')
     """
     below = (f.removeprefix(prefix) for f in files if f.startswith(prefix) and f.endswith(".safetensors"))
