@@ -10,9 +10,10 @@ from dataclasses import replace
 from hfvram.memory.attention import implementation, needs_mask, stored_tokens
 from hfvram.memory.blocks import HIDDEN, normalize
 from hfvram.memory.forward import Forward
+from hfvram.memory.hybrid import hybrid, is_hybrid
 from hfvram.memory.mixers import feed, grow_cache, mix
 from hfvram.memory.timeline import Tag, Timeline
-from hfvram.model.architecture import Architecture
+from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.layers import Attention, FeedForward, LatentAttention, Layer
 
 GENERATE = "transformers 5.17: generation/utils.py"
@@ -30,8 +31,9 @@ def generate(t: Timeline, architecture: Architecture, f: Forward, new_tokens: in
     Of the steps, the first two and the last are written: between them the cache only grows.
     """
     prompt, steps = f.tokens, new_tokens - 1
+    f = replace(f, use_cache=architecture.generates_cache)
     caches = prefill(t, architecture, f)
-    if not architecture.generates_cache:
+    if not f.use_cache:
         forward(t, architecture, replace(f, tokens=prompt + steps), caches)
         return
     t.mark("decode")
@@ -71,8 +73,9 @@ def forward(t: Timeline, architecture: Architecture, f: Forward, caches: list[li
     While decoding, a layer like one that was written already only grows its cache: the rest is alike and small.
     """
     stack = architecture.text
-    embedded = t.alloc(f.bytes(stack.hidden_size), HIDDEN)
-    held = [embedded, *_angles(t, f, stack.layers), *_masks(t, f, stack.layers)]
+    held = _embed(t, f, stack)
+    embedded = held[-1]
+    held += [*_angles(t, f, stack.layers), *_masks(t, f, stack.layers)]
     hidden = embedded
     written: set[int] = set()
     for layer, cache in zip(stack.layers, caches, strict=True):
@@ -85,7 +88,8 @@ def forward(t: Timeline, architecture: Architecture, f: Forward, caches: list[li
             t.free(hidden)
         hidden = out
     if architecture.final_norm:
-        normed = normalize(t, f, stack.hidden_size, architecture.final_norm)
+        stream = replace(f, dtype="fp32") if t.sizes[hidden] > f.bytes(stack.hidden_size) else f
+        normed = normalize(t, stream, stack.hidden_size, architecture.final_norm)
         t.free(hidden)
         hidden = normed
     t.free(*held)
@@ -98,9 +102,21 @@ def forward(t: Timeline, architecture: Architecture, f: Forward, caches: list[li
     t.free(hidden)
 
 
+def _embed(t: Timeline, f: Forward, stack: Stack) -> list[int]:
+    """Token embeddings, learned positions and token types, their sum, and its norm; all stay to the end of the pass."""
+    tables = [p for p in stack.before if p.kind == "embedding" and p.shape[-1] == stack.hidden_size]
+    norms = [p for p in stack.before if p.kind == "norm" and p.name.endswith("weight")]
+    count = len(tables) + (len(tables) > 1) + len(norms)
+    return [t.alloc(f.bytes(stack.hidden_size), HIDDEN) for _ in range(max(count, 1))]
+
+
 def run_layer(t: Timeline, f: Forward, layer: Layer, hidden: int, cache: list[int]) -> int:
     """One layer: its output's handle; `hidden`, its input, is the caller's to free."""
     width = layer_width(layer)
+    if is_hybrid(layer):
+        return hybrid(t, f, layer, hidden, cache)
+    if layer.residual_fp32 and f.half:
+        return _fp32_residual(t, f, layer, width, hidden, cache)
     if layer.parallel:
         return _parallel(t, f, layer, width, cache)
     residual, kept = hidden, []
@@ -126,6 +142,19 @@ def run_layer(t: Timeline, f: Forward, layer: Layer, hidden: int, cache: list[in
         residual = total
     t.free(*kept)
     return residual
+
+
+def _fp32_residual(t: Timeline, f: Forward, layer: Layer, width: int, hidden: int, cache: list[int]) -> int:
+    """A layer of one mixer whose sum is fp32: the embedding is cast up for it, later inputs down for the norm."""
+    cast_down = [t.alloc(f.bytes(width), HIDDEN)] if t.sizes[hidden] > f.bytes(width) else []
+    normed = normalize(t, f, width, layer.norm)
+    t.free(*cast_down)
+    cast_up = [] if cast_down else [t.alloc(f.fp32_bytes(width), HIDDEN)]
+    out, kept = mix(t, f, layer, cache)
+    t.free(normed)
+    total = t.alloc(f.fp32_bytes(width), HIDDEN)
+    t.free(out, *cast_up, *kept)
+    return total
 
 
 def _parallel(t: Timeline, f: Forward, layer: Layer, width: int, cache: list[int]) -> int:

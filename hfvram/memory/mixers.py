@@ -4,8 +4,22 @@ from hfvram.memory.attention import attention, grow
 from hfvram.memory.feed_forward import feed_forward, mixture
 from hfvram.memory.forward import Forward
 from hfvram.memory.latent import cached_attention, latent_attention
+from hfvram.memory.linear_attention import delta_net, lightning, rg_lru, short_convolution
+from hfvram.memory.ssm import mamba1, mamba2
 from hfvram.memory.timeline import Timeline
-from hfvram.model.layers import Attention, FeedForward, LatentAttention, Layer, MixtureOfExperts
+from hfvram.model.layers import (
+    RGLRU,
+    Attention,
+    FeedForward,
+    GatedDeltaNet,
+    LatentAttention,
+    Layer,
+    LightningAttention,
+    Mamba1,
+    Mamba2,
+    MixtureOfExperts,
+    ShortConv,
+)
 
 
 def mix(t: Timeline, f: Forward, layer: Layer, cache: list[int]) -> tuple[int, list[int]]:
@@ -17,6 +31,18 @@ def mix(t: Timeline, f: Forward, layer: Layer, cache: list[int]) -> tuple[int, l
     if isinstance(part, LatentAttention):
         out, kept = latent_attention(t, f, part, cache)
         return out, [] if kept is None else [kept]
+    if isinstance(part, Mamba1):
+        return mamba1(t, f, part, cache), []
+    if isinstance(part, Mamba2):
+        return mamba2(t, f, part, cache), []
+    if isinstance(part, GatedDeltaNet):
+        return delta_net(t, f, part, cache), []
+    if isinstance(part, LightningAttention):
+        return lightning(t, f, part, cache), []
+    if isinstance(part, ShortConv):
+        return short_convolution(t, f, part, cache), []
+    if isinstance(part, RGLRU):
+        return rg_lru(t, f, part, cache), []
     raise NotImplementedError(type(part))
 
 

@@ -1,0 +1,238 @@
+"""Linear attention and its kin without gradients: gated delta nets, lightning attention, short convolutions, RG-LRU.
+
+b sequences of s tokens, H heads, d_k and d_v sizes of keys and values of a head, k columns of a convolution, w width,
+e bytes of an element. Source: transformers 5.17, models/{qwen3_next, minimax, lfm2, recurrent_gemma}/modeling_*.py,
+checked event by event on the meta device; fused delta rule: flash-linear-attention 0.3, ops/gated_delta_rule/chunk.py.
+"""
+
+from hfvram.memory.blocks import HIDDEN, NORM, activate, normalize
+from hfvram.memory.forward import Forward
+from hfvram.memory.ssm import CONV_STATE, STATE, convolve, step, tune
+from hfvram.memory.timeline import Tag, Timeline
+from hfvram.model.layers import RGLRU, GatedDeltaNet, LightningAttention, ShortConv
+
+PROJECTED = Tag(
+    "linear attention, projections", "activations", "b·s·H·(2·d_k+2·d_v)·e", "transformers 5.17: Qwen3NextGatedDeltaNet"
+)
+RULE = Tag("gated delta rule", "activations", "b·s·H·d·4", "transformers 5.17: torch_chunk_gated_delta_rule")
+FUSED_RULE = Tag("gated delta rule", "activations", "b·s·H·d·e", "flash-linear-attention 0.3: gated_delta_rule/chunk.py")
+OUT = Tag("linear attention, output", "activations", "b·s·H·d_v·e", "transformers 5.17: Qwen3NextRMSNormGated")
+LIGHTNING = Tag("lightning attention", "activations", "b·s·H·d·e", "transformers 5.17: MiniMaxLightningAttention")
+GATES = Tag("recurrence, gates", "activations", "b·s·w·e", "transformers 5.17: RecurrentGemmaRglru")
+SHORT = Tag("short convolution", "activations", "b·s·h·3·e", "transformers 5.17: Lfm2ShortConv")
+CHUNK = 64
+
+Recurrent = GatedDeltaNet | LightningAttention | RGLRU | ShortConv
+
+
+def state_bytes(part: Recurrent, batch: int, element_bytes: int) -> int:
+    """Bytes of a layer's states, whatever the context: k columns of the convolution and the recurrence's matrix.
+
+    Delta net: `b·(2·H_k·d_k + H_v·d_v)·k·e + b·H_v·d_k·d_v·4`; lightning `b·H·d²·e`; short convolution `b·h·k·e`;
+    RG-LRU `b·w·(k−1)·e + b·w·4`.
+
+    >>> from hfvram.model.layers import ShortConv
+    >>> state_bytes(ShortConv(hidden_size=2048, d_conv=3, params=()), 1, 2)
+    12288
+
+    Source: transformers 5.17, cache_utils.py `LinearAttentionLayer`, minimax `MiniMaxCache`, recurrent_gemma
+    `RecurrentGemmaRecurrentBlock`, which keeps its states in the module.
+    """
+    if isinstance(part, GatedDeltaNet):
+        return batch * (part.conv_dim * part.d_conv * element_bytes + _delta_state(part) * 4)
+    if isinstance(part, LightningAttention):
+        return batch * part.heads * part.head_dim**2 * element_bytes
+    if isinstance(part, RGLRU):
+        return batch * part.width * ((part.d_conv - 1) * element_bytes + 4)
+    return batch * part.hidden_size * part.d_conv * element_bytes
+
+
+def _delta_state(part: GatedDeltaNet) -> int:
+    return part.value_heads * part.key_dim * part.value_dim
+
+
+def delta_net(t: Timeline, f: Forward, part: GatedDeltaNet, states: list[int]) -> int:
+    """A gated delta net; `states` holds its two states, empty before the prefill. Returns the output's handle."""
+    keys, values = part.key_heads * part.key_dim, part.value_heads * part.value_dim
+    state = f.batch * _delta_state(part) * 4
+    if f.past:
+        return step(t, f, 2 * keys + 2 * values, part.conv_dim, values, part.hidden_size, 4 * state)
+    held = [t.alloc(f.bytes(part.hidden_size), HIDDEN)] if f.masked else []
+    if part.fused_projection:
+        held.append(t.alloc(f.bytes(2 * keys + 2 * values), PROJECTED))
+        sorted_values = t.alloc(f.bytes(values), PROJECTED)
+        held.append(t.alloc(f.bytes(values), PROJECTED))  # the gate
+        parts = [t.alloc(f.bytes(keys), PROJECTED) for _ in range(2)]
+        joined = t.alloc(f.bytes(part.conv_dim), PROJECTED)
+        convolved = convolve(t, f, part.conv_dim, part.d_conv, states)
+        t.free(joined, *parts, sorted_values)
+    else:
+        joined = t.alloc(f.bytes(part.conv_dim), PROJECTED)
+        held.append(t.alloc(f.bytes(values), PROJECTED))  # the gate
+        convolved = convolve(t, f, part.conv_dim, part.d_conv, states)
+        t.free(joined)
+    held.append(convolved)
+    if part.value_heads > part.key_heads:
+        held += [t.alloc(f.bytes(part.value_heads * part.key_dim), PROJECTED) for _ in range(2)]
+    rule = _fused_rule if f.kernels == "fused" and f.half else _rule
+    out, last = rule(t, f, part)
+    states.append(t.alloc(state, STATE))
+    gated = _gated_norm(t, f, values)
+    t.free(out)
+    projected = t.alloc(f.bytes(part.hidden_size), HIDDEN)
+    t.free(*held, gated, last)
+    return projected
+
+
+def _rule(t: Timeline, f: Forward, part: GatedDeltaNet) -> tuple[int, int]:
+    """The delta rule in fp32, by chunks of 64 tokens. Returns output and last state."""
+    padded = f.batch * -(-f.tokens // CHUNK) * CHUNK * part.value_heads
+    keys32, values32 = f.fp32_bytes(part.value_heads * part.key_dim), f.fp32_bytes(part.value_heads * part.value_dim)
+    keys, values, pairs = (padded * n * 4 for n in (part.key_dim, part.value_dim, CHUNK))
+    query, key, value = t.alloc(keys32, RULE), t.alloc(keys32, RULE), t.alloc(values32, RULE)
+    normed = []
+    for x in (query, key):
+        t.moment(RULE, keys32)
+        normed.append(t.alloc(keys32, RULE))
+        t.free(x)
+    scaled = t.alloc(keys32, RULE)
+    t.free(normed[0])
+    query, key, held = t.alloc(keys, RULE), t.alloc(keys, RULE), [t.alloc(values, RULE)]
+    t.free(scaled, normed[1], value)
+    v_beta, k_beta = t.alloc(values, RULE), t.alloc(keys, RULE)
+    decay = t.alloc(pairs, RULE)
+    t.moment(RULE, pairs)
+    held += [v_beta, k_beta, decay]
+    for _ in range(2):
+        product = t.alloc(pairs, RULE)
+        held.append(t.alloc(pairs, RULE))
+        t.free(product)
+    held += [t.alloc(n, RULE) for n in (keys, values, keys)]  # decayed keys, and the two triangular solutions
+    state = f.batch * _delta_state(part) * 4
+    first, outputs = t.alloc(state, RULE), t.alloc(values, RULE)
+    held.append(t.alloc(keys, RULE))
+    t.free(query)
+    held.append(t.alloc(keys, RULE))
+    t.free(key)
+    last = t.alloc(state, RULE)
+    t.moment(RULE, state, state)  # the loop over the chunks
+    t.free(first)
+    contiguous = t.alloc(values, OUT)
+    t.free(outputs)
+    out = t.alloc(f.bytes(part.value_heads * part.value_dim), OUT)
+    t.free(contiguous, *held)
+    return out, last
+
+
+def _fused_rule(t: Timeline, f: Forward, part: GatedDeltaNet) -> tuple[int, int]:
+    """flash-linear-attention's kernels: states of every 64 tokens in the computing dtype. Returns output and last state."""
+    heads = part.value_heads
+    keys, values = f.bytes(heads * part.key_dim), f.bytes(heads * part.value_dim)
+    held = [t.alloc(keys, FUSED_RULE), t.alloc(keys, FUSED_RULE)]
+    products = t.alloc(f.fp32_bytes(heads * CHUNK), FUSED_RULE)
+    held.append(t.alloc(f.bytes(heads * CHUNK), FUSED_RULE))
+    t.free(products)
+    held += [t.alloc(keys, FUSED_RULE), t.alloc(values, FUSED_RULE)]
+    chunks = f.batch * -(-f.tokens // CHUNK)
+    held.append(t.alloc(chunks * _delta_state(part) * f.element_bytes, FUSED_RULE))
+    last = t.alloc(f.batch * _delta_state(part) * 4, FUSED_RULE)
+    held.append(t.alloc(values, FUSED_RULE))
+    out = t.alloc(values, OUT)
+    tune(t, "delta rule", heads, part.key_dim, part.value_dim)
+    t.free(*held)
+    return out, last
+
+
+def _gated_norm(t: Timeline, f: Forward, width: int) -> int:
+    """RMSNorm over each head, then the gate in fp32."""
+    normed = normalize(t, f, width, "rms", OUT)
+    gate = t.alloc(f.fp32_bytes(width), NORM) if f.half else None
+    silu = t.alloc(f.fp32_bytes(width), NORM)
+    if gate is not None:
+        t.free(gate)
+    product = t.alloc(f.fp32_bytes(width), NORM)
+    t.free(silu, normed)
+    if not f.half:
+        return product
+    out = t.alloc(f.bytes(width), OUT)
+    t.free(product)
+    return out
+
+
+def lightning(t: Timeline, f: Forward, part: LightningAttention, states: list[int]) -> int:
+    """Lightning attention in blocks; `states` holds the state, empty before the prefill. Returns the output's handle."""
+    wide = f.bytes(part.heads * part.head_dim)
+    state = f.batch * part.heads * part.head_dim**2 * f.element_bytes
+    projected = t.alloc(3 * wide, LIGHTNING)
+    active = activate(t, 3 * wide, "silu")
+    t.free(projected)
+    if f.past:
+        t.moment(LIGHTNING, state, state)
+        joined = t.alloc(wide, LIGHTNING)
+    else:
+        block = min(part.block_size, f.tokens)
+        by_token = f.batch * part.heads * block
+        pairs, rows = by_token * block * f.element_bytes, by_token * part.head_dim * f.element_bytes
+        t.moment(LIGHTNING, pairs, pairs, rows, rows, state, state)
+        blocks = t.alloc(wide, LIGHTNING)
+        states.append(t.alloc(state, STATE))
+        joined = t.alloc(wide, LIGHTNING)
+        t.free(blocks)
+    contiguous = t.alloc(wide, LIGHTNING)
+    t.free(joined)
+    normed = normalize(t, f, part.heads * part.head_dim, "rms", LIGHTNING)
+    t.free(contiguous)
+    gate = t.alloc(wide, LIGHTNING)
+    sigmoid = t.alloc(wide, LIGHTNING)
+    t.free(gate)
+    gated = t.alloc(wide, LIGHTNING)
+    t.free(sigmoid, normed)
+    out = t.alloc(f.bytes(part.hidden_size), HIDDEN)
+    t.free(gated, active)
+    return out
+
+
+def short_convolution(t: Timeline, f: Forward, part: ShortConv, states: list[int]) -> int:
+    """A gated short convolution; `states` holds its columns, empty before the prefill. Returns the output's handle."""
+    width = f.bytes(part.hidden_size)
+    held = [t.alloc(width, HIDDEN)] if f.masked and not f.past else []
+    held.append(t.alloc(3 * width, SHORT))
+    gated = t.alloc(width, SHORT)
+    convolved = t.alloc(width, SHORT) if f.past else convolve(t, f, part.hidden_size, part.d_conv, states, False)
+    t.free(gated)
+    product = t.alloc(width, SHORT)
+    contiguous = t.alloc(width, SHORT)
+    t.free(product)
+    out = t.alloc(width, HIDDEN)
+    t.free(*held, convolved, contiguous)
+    return out
+
+
+def rg_lru(t: Timeline, f: Forward, part: RGLRU, states: list[int]) -> int:
+    """Griffin's recurrent block; `states` holds its two states, empty before the prefill. Returns the output's handle.
+
+    There is no kernel for it: a loop runs over the tokens, whatever is installed.
+    """
+    wide = f.bytes(part.width)
+    linear = t.alloc(wide, GATES)
+    branch = activate(t, wide, "gelu_pytorch_tanh")
+    t.free(linear)
+    x = t.alloc(wide, GATES)
+    if not states:
+        states.append(t.alloc(f.batch * part.width * (part.d_conv - 1) * f.element_bytes, CONV_STATE))
+        states.append(t.alloc(f.batch * part.width * 4, STATE))
+    convolved = t.alloc(f.batch * (f.tokens + part.d_conv - 1) * part.width * f.element_bytes, GATES)
+    t.free(x)
+    held = [branch, convolved]
+    for _ in range(2):  # input gate, recurrent gate
+        product = t.alloc(wide, GATES)
+        contiguous = t.alloc(wide, GATES)
+        held.append(t.alloc(wide, GATES))
+        t.free(product, contiguous)
+    held += [t.alloc(wide, GATES) for _ in range(5)]
+    out = t.alloc(wide, GATES)
+    product = t.alloc(wide, GATES)
+    t.free(out, *held)
+    projected = t.alloc(f.bytes(part.hidden_size), HIDDEN)
+    t.free(product)
+    return projected
