@@ -82,7 +82,11 @@ def facts(model_type: str, kind: type[PreTrainedConfig], known: dict[str, Any]) 
         return
     built = kind()
     for name in kind.sub_configs:
-        nested = getattr(built, name, None)
+        nested, section_kind = getattr(built, name, None), kind.sub_configs[name]
+        if nested is None and section_kind is not AutoConfig:
+            own = section_kind.model_type or f"{model_type}.{name}"
+            facts(own, section_kind, known)
+            entry["sections"][name] = {"type": own, "any": False, "absent": None}
         if nested is None or isinstance(nested, dict):
             continue
         # A section whose class shares its type with another (or has none) is known by its place.
@@ -92,7 +96,7 @@ def facts(model_type: str, kind: type[PreTrainedConfig], known: dict[str, Any]) 
         facts(own, type(nested), known)
         base = known[own]["defaults"]
         unlike = {k: v for k, v in nested.to_dict().items() if k in base and plain(v) and v != base[k]}
-        entry["sections"][name] = {"type": own, "any": kind.sub_configs[name] is AutoConfig, "absent": unlike}
+        entry["sections"][name] = {"type": own, "any": section_kind is AutoConfig, "absent": unlike}
 
 
 def main() -> int:

@@ -80,6 +80,11 @@ class Attention:
     output_gate: bool = False
     """The queries' projection is doubled: its second half gates the output (Qwen3-Next)."""
     sinks: bool = False
+    groups: Literal["gqa", "broadcast", "expanded"] = "gqa"
+    """How grouped keys and values reach the kernel: as groups, which it may know; broadcast, which only the math path
+    takes (Falcon-7B); or expanded to every head before they are cached (Falcon-40B)."""
+    keeps_scores: bool = False
+    """Scores before the mask, and the previous layer's weights, are still held when the softmax runs (BLOOM)."""
     cached: bool = True
     """False for encoders, and for layers that read another layer's cache (`num_kv_shared_layers`)."""
     params: tuple[Param, ...]
@@ -268,9 +273,13 @@ class MixtureOfExperts:
     """Width in which the routed experts work, 0 where it is `hidden_size` (Nemotron-H)."""
     router_fp32: bool = False
     """The router's matmul is in fp32, its input cast for it (DeepSeek)."""
+    fused_gate_up: bool = False
+    """The shared expert's gate and up are one projection."""
     routing_fp32: bool = True
     """The chosen experts' weights stay in fp32, and so do the weighted outputs; else they are cast to the model's dtype."""
     expert_bias: bool = False
+    every_token: bool = False
+    """Each expert computes every token, weighted by zero where it isn't chosen (Llama 4)."""
     fused: bool = True
     """The experts of a layer are two 3-D tensors, run by a grouped matmul; else a list of modules."""
     params: tuple[Param, ...]

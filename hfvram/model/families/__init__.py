@@ -28,6 +28,14 @@ MODULES: dict[str, tuple[str, ...]] = {
     "deepseek_v4": ("deepseek_v4",),
     "llava": ("llava", "mistral3", "gemma3"),
     "qwen_vl": ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"),
+    "glm4v": ("glm4v", "glm4v_moe"),
+    "llama4": ("llama4", "llama4_text"),
+    "mllama": ("mllama",),
+    "gemma4": ("gemma4", "gemma4_text"),
+    "kimi": ("kimi_k25",),
+    "minicpmv": ("minicpmv4_6",),
+    "qwen_audio": ("qwen2_audio",),
+    "dbrx": ("dbrx",),
     "mamba": ("mamba", "falcon_mamba", "mamba2"),
     "jamba": ("jamba",),
     "bamba": ("bamba", "granitemoehybrid", "falcon_h1"),
@@ -42,6 +50,13 @@ MODULES: dict[str, tuple[str, ...]] = {
     "albert": ("albert",),
     "deberta": ("deberta", "deberta-v2"),
     "modernbert": ("modernbert", "nomic_bert"),
+    "t5": ("t5", "mt5", "umt5"),
+    "bart": ("bart", "mbart", "marian", "pegasus", "m2m_100"),
+    "whisper": ("whisper",),
+    "wav2vec2": ("wav2vec2", "hubert"),
+    "vit": ("vit", "deit", "yolos", "dinov2"),
+    "clip": ("clip", "clip_text_model", "clip_vision_model", "siglip", "siglip_text_model", "siglip_vision_model"),
+    "git": ("git",),
 }
 """Module of this package → the model types that it reads, each by its function `read`."""
 

@@ -39,7 +39,7 @@ def section(config: Config, name: str) -> Config:
     facts = _table().get(config.model_type, {}).get("sections", {}).get(name)
     nested = config.section(name)
     if nested is None:
-        if facts is None:
+        if facts is None or facts["absent"] is None:
             raise HfvramError("bad_config", f"config.json has no {name}: the model's sizes can't be known without it")
         nested = Config(facts["absent"])
     if facts is None or (facts["any"] and nested.model_type):

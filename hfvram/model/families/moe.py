@@ -90,6 +90,7 @@ EXPERTS: dict[str, Experts] = {
     ),
     "gpt_oss": Experts(router="router"),
     "glm4_moe": DEEPSEEK,
+    "glm4v_moe_text": DEEPSEEK,
     "glm4_moe_lite": replace(DEEPSEEK, sparse=lambda config, index: first_dense(config, index, first=1)),
     "glm_moe_dsa": DEEPSEEK,
     "deepseek_v2": DEEPSEEK,

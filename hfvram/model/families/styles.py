@@ -100,6 +100,14 @@ _QWEN3 = Style(**_ATTENTION, qk_norm="head", window_if="use_sliding_window", sli
 _PHIMOE = Style(**_ATTENTION, norm="layer", norm_bias=True, head_bias="lm_head_bias")
 _ERNIE = Style(bias="use_bias", out_bias="use_bias", mlp_bias="use_bias", rope="interleaved")
 _HUNYUAN = Style(**_ATTENTION, qk_norm="head", qk_norm_names=("query_layernorm", "key_layernorm"))
+_GLM4 = Style(
+    bias="attention_bias",
+    mlp="fused",
+    norms=("input_layernorm", "post_attention_layernorm", "post_self_attn_layernorm", "post_mlp_layernorm"),
+    norm_position="both",
+    rope="interleaved",
+    rotary_factor=0.5,
+)
 
 STYLES: dict[str, Style] = {
     "llama": _LLAMA,
@@ -195,14 +203,7 @@ STYLES: dict[str, Style] = {
         rotary_factor=0.5,
     ),
     "glm": Style(bias="attention_bias", mlp="fused", rope="interleaved", rotary_factor=0.5),
-    "glm4": Style(
-        bias="attention_bias",
-        mlp="fused",
-        norms=("input_layernorm", "post_attention_layernorm", "post_self_attn_layernorm", "post_mlp_layernorm"),
-        norm_position="both",
-        rope="interleaved",
-        rotary_factor=0.5,
-    ),
+    "glm4": _GLM4,
     # Decoders of mixture-of-experts models: what stands around their experts (`moe.py`).
     "mixtral": _MISTRAL,
     "minimax_m2": Style(qk_norm="full"),
@@ -216,6 +217,11 @@ STYLES: dict[str, Style] = {
     "glm4_moe": Style(bias="attention_bias", qk_norm="head", qk_norm_if="use_qk_norm", rotary_factor=0.5),
     "ernie4_5_moe": Style(bias="use_bias", out_bias="use_bias", mlp_bias="use_bias", rope="interleaved", head_bias="use_bias"),
     # Text models inside of others (`multimodal.py`).
+    "glm4v_text": replace(_GLM4, bias=True),
+    "glm4v_moe_text": Style(bias="attention_bias", rotary_factor=0.5),
+    "llama4_text": _LLAMA,
+    "mllama_text_model": _MISTRAL,
+    "gemma4_text": Style(**_ATTENTION, qk_norm="head", norms=_SANDWICH, norm_position="both"),
     "qwen2_vl_text": _QWEN2,
     "qwen2_5_vl_text": _QWEN2,
     "qwen2_5_omni_text": _QWEN2,
