@@ -144,8 +144,11 @@ def params(model: Any) -> tuple[Param, ...]:
 
 def _params(model: Any) -> Iterator[Param]:
     seen: set[int] = set()
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = None if embedding is None else getattr(embedding, "weight", None)
+    head = model.get_output_embeddings()
+    try:
+        tied = getattr(model.get_input_embeddings(), "weight", None)
+    except NotImplementedError:  # models of sound and images
+        tied = None
     for path, module in model.named_modules():
         for name, tensor in module.named_parameters(recurse=False):
             # A few models register the head before the embedding that it is tied to.
@@ -171,7 +174,7 @@ def _kind(module: Any, name: str, tensor: Any, head: bool) -> ParamKind:
     of = type(module).__name__
     if "Norm" in of:
         return "norm"
-    if name == "bias" and tensor.dim() == 1:
+    if name in ("bias", "in_proj_bias") and tensor.dim() == 1:
         return "bias"
     if type(module) is nn.Linear or of == "Conv1D":  # GPT-2's Conv1D is a linear layer, stored transposed
         return "head" if head else "linear"

@@ -1,0 +1,82 @@
+"""GIT: CLIP's vision tower, and a decoder over its patches and the text, built like BERT.
+
+Source: transformers 5.17, models/git/modeling_git.py and configuration_git.py.
+"""
+
+from hfvram.errors import HfvramError, printable
+from hfvram.model.architecture import Architecture, Stack
+from hfvram.model.config import Config
+from hfvram.model.families.blocks import attention, embedding, mlp
+from hfvram.model.families.common import dtype_of, max_positions
+from hfvram.model.families.defaults import known, section
+from hfvram.model.families.vision import clip
+from hfvram.model.layers import Layer, Param, linear, norm
+
+
+def read(config: Config, class_name: str | None) -> Architecture:
+    config = known(config)
+    named = [class_name] if class_name else config.strings("architectures") or []
+    class_name = next((n for n in named if n.startswith("Git")), class_name or "GitForCausalLM")
+    if class_name not in ("GitForCausalLM", "GitModel"):
+        raise HfvramError("unknown_architecture", f"the class {printable(class_name, 60)!r} of git is not known")
+    generates = class_name == "GitForCausalLM"
+    prefix, tied = "git." if generates else "", generates and config.flag("tie_word_embeddings")
+    hidden, vocab = config.size("hidden_size"), config.size("vocab_size")
+    seen = section(config, "vision_config")
+    output = linear("output", hidden, vocab, bias=True, kind="head")
+    return Architecture(
+        model_type="git",
+        class_name=class_name,
+        task="causal",
+        stacks=(clip(seen, f"{prefix}image_encoder.vision_model."), decoder(config, seen, prefix, hidden, vocab)),
+        main="text",
+        vocab_size=vocab,
+        hidden_size=hidden,
+        max_positions=max_positions(config),
+        dtype=dtype_of(config),
+        head=() if not generates else output[1:] if tied else output,
+        tied_head=tied,
+        final_norm=None,
+    )
+
+
+def decoder(config: Config, seen: Config, prefix: str, hidden: int, vocab: int) -> Stack:
+    """Its layers see the projected patches and then the text, all with the eager implementation."""
+    heads, patches = config.size("num_attention_heads"), seen.size("hidden_size")
+    frames = config.size("num_image_with_embedding", default=0, low=0, high=4096)
+    name = f"{prefix}embeddings"
+    layer = Layer(
+        mixers=(
+            attention(
+                "attention",
+                hidden,
+                heads,
+                config.divided("hidden_size", hidden, heads),
+                bias=True,
+                projections=("self.query", "self.key", "self.value", "output.dense"),
+                implementations=("eager",),
+            ),
+        ),
+        feed_forward=mlp(
+            "intermediate.dense",
+            "output.dense",
+            hidden,
+            config.size("intermediate_size"),
+            config.text("hidden_act", default="gelu"),
+        ),
+        norm="layer",
+        norm_position="post",
+        params=norm("attention.output.LayerNorm", hidden, bias=True) + norm("output.LayerNorm", hidden, bias=True),
+    )
+    return Stack(
+        name="text",
+        prefix=f"{prefix}encoder.layer",
+        hidden_size=hidden,
+        before=embedding(f"{name}.word_embeddings", vocab, hidden)
+        + embedding(f"{name}.position_embeddings", config.size("max_position_embeddings"), hidden)
+        + norm(f"{name}.LayerNorm", hidden, bias=True),
+        layers=(layer,) * config.layers("num_hidden_layers"),
+        after=linear(f"{prefix}visual_projection.visual_projection.0", patches, hidden, bias=True)
+        + norm(f"{prefix}visual_projection.visual_projection.1", hidden, bias=True)
+        + tuple(Param(f"{prefix}img_temporal_embedding.{i}", (1, 1, patches), "other") for i in range(frames)),
+    )

@@ -1,0 +1,132 @@
+"""T5, mT5 and UMT5: an encoder and a decoder whose attention has a learned bias for relative positions.
+
+Source: transformers 5.17, models/{t5, mt5, umt5}/modeling_*.py and configuration_*.py.
+"""
+
+from hfvram.errors import HfvramError, printable
+from hfvram.model.architecture import Architecture, Stack
+from hfvram.model.config import Config
+from hfvram.model.families.blocks import attention, embedding, gated_mlp, mlp
+from hfvram.model.families.common import dtype_of, max_positions, num_labels
+from hfvram.model.families.defaults import known
+from hfvram.model.layers import Attention, FeedForward, Layer, Param, linear, norm
+
+FAMILIES = {"t5": "T5", "mt5": "MT5", "umt5": "UMT5"}
+HEADS = (
+    "ForConditionalGeneration",
+    "Model",
+    "EncoderModel",
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+)
+
+
+def read(config: Config, class_name: str | None) -> Architecture:
+    """Embedding, encoder's and decoder's, and head are one tensor, whatever the configuration says."""
+    config = known(config)
+    family = FAMILIES[config.model_type]
+    named = [class_name] if class_name else config.strings("architectures") or []
+    class_name = next((n for n in named if n.startswith(family)), class_name or f"{family}{HEADS[0]}")
+    if (kind := class_name.removeprefix(family)) not in HEADS:
+        message = f"the class {printable(class_name, 60)!r} of {config.model_type} is not known"
+        raise HfvramError("unknown_architecture", message)
+    hidden, vocab = config.size("d_model", "hidden_size"), config.size("vocab_size")
+    prefix = "transformer." if kind in ("ForSequenceClassification", "ForTokenClassification") else ""
+    depth = config.layers("num_layers", "num_hidden_layers")
+    generates = kind not in ("EncoderModel", "ForTokenClassification")
+    shared = embedding(f"{prefix}shared", vocab, hidden)
+    encoder = stack(config, "encoder", f"{prefix}encoder", hidden, depth, shared)
+    decoder_depth = config.layers("num_decoder_layers", default=depth)
+    decoder = stack(config, "decoder", f"{prefix}decoder", hidden, decoder_depth, ())
+    return Architecture(
+        model_type=config.model_type,
+        class_name=class_name,
+        task="seq2seq" if generates else "encoder",
+        stacks=(encoder, decoder) if generates else (encoder,),
+        main="decoder" if generates else "encoder",
+        vocab_size=vocab,
+        hidden_size=hidden,
+        max_positions=max_positions(config),
+        dtype=dtype_of(config),
+        head=head(config, kind, hidden),
+        tied_head=kind == "ForConditionalGeneration",
+    )
+
+
+def head(config: Config, kind: str, hidden: int) -> tuple[Param, ...]:
+    labels = num_labels(config)
+    if kind == "ForSequenceClassification":
+        name = "classification_head"
+        return linear(f"{name}.dense", hidden, hidden, True) + linear(f"{name}.out_proj", hidden, labels, True, "head")
+    if kind == "ForTokenClassification":
+        return linear("classifier", hidden, labels, True, "head")
+    return linear("qa_outputs", hidden, labels, True, "head") if kind == "ForQuestionAnswering" else ()
+
+
+def stack(config: Config, name: str, path: str, hidden: int, depth: int, before: tuple[Param, ...]) -> Stack:
+    """Encoder or decoder. T5 learns a position bias in the first layer and uses it in all; UMT5 learns one in each."""
+    first, rest = layer(config, name, hidden, True), layer(config, name, hidden, config.model_type == "umt5")
+    return Stack(
+        name=name,
+        prefix=f"{path}.block",
+        hidden_size=hidden,
+        before=before,
+        layers=tuple(rest if i else first for i in range(depth)),
+        after=norm(f"{path}.final_layer_norm", hidden),
+    )
+
+
+def layer(config: Config, stack: str, hidden: int, learns_bias: bool) -> Layer:
+    decodes = stack == "decoder"
+    cross = (scores(config, "layer.1.EncDecAttention", hidden, "cross_attention"),) if decodes else ()
+    last = 2 if decodes else 1
+    norms = tuple(p for i in range(last + 1) for p in norm(f"layer.{i}.layer_norm", hidden))
+    return Layer(
+        mixers=(self_attention(config, hidden, decodes, learns_bias), *cross),
+        feed_forward=feed_forward(config, f"layer.{last}.DenseReluDense", hidden),
+        params=norms,
+    )
+
+
+def self_attention(config: Config, hidden: int, decodes: bool, learns_bias: bool) -> Attention:
+    name, heads = "layer.0.SelfAttention", config.size("num_heads", "num_attention_heads")
+    buckets = config.size("relative_attention_num_buckets")
+    bias = embedding(f"{name}.relative_attention_bias", buckets, heads) if learns_bias else ()
+    return scores(config, name, hidden, "full_attention", decodes, decodes, bias)
+
+
+def scores(
+    config: Config,
+    name: str,
+    hidden: int,
+    kind: str,
+    causal: bool = False,
+    cached: bool = True,
+    extra: tuple[Param, ...] = (),
+) -> Attention:
+    """Attention with a position bias: learned for the sequence's own positions, zeros in cross attention."""
+    return attention(
+        name,
+        hidden,
+        config.size("num_heads", "num_attention_heads"),
+        config.size("d_kv", "head_dim"),
+        projections=("q", "k", "v", "o"),
+        kind=kind,
+        causal=causal,
+        cached=cached,
+        position_bias=True,
+        implementations=("sdpa", "eager"),
+        extra=extra,
+    )
+
+
+def feed_forward(config: Config, name: str, hidden: int) -> FeedForward:
+    """`feed_forward_proj` is an activation, or `gated-` and one; `gated-gelu` means `gelu_new`."""
+    width, words = config.size("d_ff"), config.text("feed_forward_proj", default="relu").split("-")
+    if len(words) > 2 or (len(words) == 2 and words[0] != "gated"):
+        raise HfvramError("bad_config", "config.json: feed_forward_proj is neither an activation nor gated-ACTIVATION")
+    if len(words) == 1:
+        return mlp(f"{name}.wi", f"{name}.wo", hidden, width, words[0], bias=False)
+    activation = "gelu_new" if words[1] == "gelu" else words[1]
+    return gated_mlp(name, hidden, width, activation, projections=("wi_0", "wi_1", "wo"))
