@@ -27,6 +27,7 @@ def resolve(architecture: Architecture, request: Request) -> tuple[Request, list
     new = request.new_tokens or min(DEFAULT_NEW_TOKENS, ctx - 1)
     if phase == "generate" and new >= ctx > 1:
         raise HfvramError("usage", f"--new-tokens {new} leaves no prompt in --ctx {ctx}: valid are 1 to {ctx - 1}")
+    dtype = architecture.dtype if request.dtype == "auto" else request.dtype
     own = architecture.quantization or "none"
     attention = _attention(architecture, request)
     if attention != request.attention:
@@ -35,9 +36,9 @@ def resolve(architecture: Architecture, request: Request) -> tuple[Request, list
         ctx=ctx,
         phase=phase,
         new_tokens=(new or None) if phase == "generate" else None,
-        dtype=architecture.dtype if request.dtype == "auto" else request.dtype,
+        dtype=dtype,
         quant=own if request.quant == "auto" and own in CHOICES["quant"] else request.quant,
-        kv_dtype=architecture.dtype if request.dtype == "auto" else request.dtype,
+        kv_dtype=dtype if dtype in CHOICES["kv_dtype"] else "auto",
         attention=attention,
         gpus=1,
         method="guide" if request.method == "guide" else "formula",

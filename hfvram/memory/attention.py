@@ -3,7 +3,7 @@
 b sequences of s new tokens that attend to t, a heads of size d, a_kv KV heads, e bytes of an element.
 """
 
-from hfvram.memory.blocks import HIDDEN, normalize, rotate
+from hfvram.memory.blocks import HIDDEN, normalize, project, rotate
 from hfvram.memory.forward import Forward
 from hfvram.memory.timeline import Tag, Timeline
 from hfvram.model.layers import Attention
@@ -27,16 +27,16 @@ def attention(t: Timeline, f: Forward, part: Attention, cache: list[int]) -> tup
 
     Returns the output's handle and, for eager attention, that of the weights, which the layer keeps until its end.
     """
-    q_bytes, k_bytes = f.bytes(part.heads * part.head_dim), f.bytes(part.kv_heads * part.head_dim)
-    v_bytes = f.bytes(part.kv_heads * part.value_dim)
+    q_width, k_width, v_width = (n * d for n, d in _heads(part))
+    q_bytes, k_bytes = f.bytes(q_width), f.bytes(k_width)
+    cached = part.cached and f.use_cache
     gate = None
     if part.fused_qkv:
-        fused = t.alloc(q_bytes + k_bytes + v_bytes, QUERY)
-        query, key, value = [], [], [fused]
+        query, key, value = [], [], [project(t, f, part.hidden_size, q_width + k_width + v_width, QUERY)]
     else:
-        query = [_projection(t, f, part, part.heads, q_bytes, QUERY)]
-        key = [_projection(t, f, part, part.kv_heads, k_bytes, KEY_VALUE)]
-        value = [t.alloc(v_bytes, KEY_VALUE)]
+        query = [_projection(t, f, part, q_width, QUERY)]
+        key = [_projection(t, f, part, k_width, KEY_VALUE)]
+        value = [project(t, f, part.hidden_size, v_width, KEY_VALUE)]
         gate = query[0] if part.output_gate else None
     joined = False
     if part.rotary:
@@ -45,30 +45,32 @@ def attention(t: Timeline, f: Forward, part: Attention, cache: list[int]) -> tup
         t.free(*(query if gate is None else []), *key)
         query, key = [rotated[0]], [rotated[1]]
         joined = part.rotary.dim < part.head_dim
-    if part.cached:
+    if cached:
         grow(t, f, part, cache)
         t.free(*key, *(value if query else []))
         key, value = [], value if not query else []
     out, kept = kernel(t, f, part, joined)
     if gate is not None:
-        t.moment(OUT, q_bytes)
-        gated = t.alloc(q_bytes, OUT)
-        t.free(out)
+        sigmoid, gated = t.alloc(q_bytes, OUT), t.alloc(q_bytes, OUT)
+        t.free(sigmoid, out, gate)
         out = gated
-        t.free(gate)
-    projected = t.alloc(f.bytes(part.hidden_size), HIDDEN)
+    projected = project(t, f, part.heads * part.value_dim, part.hidden_size, HIDDEN)
     t.free(out, *query, *key, *value)
     return projected, kept
 
 
-def _projection(t: Timeline, f: Forward, part: Attention, heads: int, nbytes: int, tag: Tag) -> int:
+def _heads(part: Attention) -> tuple[tuple[int, int], ...]:
+    return (part.heads, part.head_dim), (part.kv_heads, part.head_dim), (part.kv_heads, part.value_dim)
+
+
+def _projection(t: Timeline, f: Forward, part: Attention, width: int, tag: Tag) -> int:
     """One projection, and its norm where the model has one."""
-    doubled = 2 if part.output_gate and tag is QUERY else 1
-    projected = t.alloc(doubled * nbytes, tag)
+    gated = part.output_gate and tag is QUERY
+    projected = project(t, f, part.hidden_size, 2 * width if gated else width, tag)
     if part.qk_norm is None:
         return projected
-    normed = normalize(t, f, heads * part.head_dim, "rms", tag)
-    if doubled == 1:
+    normed = normalize(t, f, width, "rms", tag)
+    if not gated:
         t.free(projected)
     return normed
 
@@ -79,7 +81,7 @@ def grow(t: Timeline, f: Forward, part: Attention, cache: list[int]) -> None:
     A dynamic cache is a new concatenation each time, old and new standing together for a moment; a window keeps a view
     of what its last step concatenated, W − 1 old tokens and the new ones; a static cache is there from the first step.
     """
-    row = f.batch * part.kv_heads * f.element_bytes
+    row = f.batch * (part.heads if part.groups == "expanded" else part.kv_heads) * f.element_bytes
     if f.static_length:
         if not cache:
             length = min(f.static_length, part.window or f.static_length)
@@ -118,19 +120,22 @@ def kernel(t: Timeline, f: Forward, part: Attention, joined: bool, masked: bool 
     q_bytes = f.batch * f.tokens * part.heads * part.head_dim * f.element_bytes
     out_bytes = f.batch * f.tokens * part.heads * part.value_dim * f.element_bytes
     repeated = [f.batch * attended * part.heads * d * f.element_bytes for d in (part.head_dim, part.value_dim)]
-    grouped = part.heads != part.kv_heads
+    grouped = part.heads != part.kv_heads and part.groups != "expanded"
     square = f.batch * part.heads * f.tokens * attended
     if implementation(f, part) == "eager":
         copies = [t.alloc(n, REPEATED) for n in repeated] if grouped else []
+        previous = [t.alloc(square * f.element_bytes, SCORES) for _ in range(2 * part.keeps_scores)]
         weights = _eager_softmax(t, f, square)
+        t.free(*previous)
         heads_first = t.alloc(out_bytes, OUT)
         out = t.alloc(out_bytes, OUT)
         t.free(heads_first, *copies)
         return out, weights
     same_size = part.head_dim == part.value_dim <= 256
     native_groups = grouped and not masked and same_size
-    copies = [t.alloc(n, REPEATED) for n in repeated] if grouped and not native_groups else []
-    if native_groups and not f.half:
+    broadcast = part.groups == "broadcast"
+    copies = [t.alloc(n, REPEATED) for n in repeated] if grouped and not (native_groups or broadcast) else []
+    if (native_groups and not f.half) or (grouped and broadcast):
         out = _math(t, f, part, q_bytes, repeated, square)
     else:
         if masked and f.attention != "flash_attention_2":
@@ -189,22 +194,25 @@ def _eager_softmax(t: Timeline, f: Forward, square: int) -> int:
 
 
 def _math(t: Timeline, f: Forward, part: Attention, q_bytes: int, repeated: list[int], square: int) -> int:
-    """The math path, which fp32 with grouped queries takes: three squares of scores, one of them a byte an element."""
-    scaled = t.alloc(q_bytes, QUERY)
+    """The math path, in fp32: two squares of scores, and a byte an element for rows that are masked whole."""
+    wide = 4 // f.element_bytes
+    queries = [t.alloc(q_bytes * wide, QUERY) for _ in range(wide)]
     causal = [t.alloc(square // (f.batch * part.heads) * 4, BIAS)] if f.tokens > 1 else []
-    keys, values = (t.alloc(n, REPEATED) for n in repeated)
-    scaled_keys = t.alloc(repeated[0], REPEATED)
+    if part.groups != "broadcast":
+        keys = [t.alloc(n, REPEATED) for n in (*repeated, repeated[0])]
+    else:
+        keys = [t.alloc(f.batch * part.kv_heads * part.head_dim * (f.past + f.tokens) * 4, REPEATED) for _ in range(3)]
     scores = t.alloc(square * 4, MATH)
-    t.free(scaled_keys)
+    t.free(keys.pop())
     if causal:
         biased = t.alloc(square * 4, MATH)
         t.free(scores)
         scores = biased
     weights = t.alloc(square * 4, MATH)
-    t.moment(MATH, square)  # which rows are masked whole
+    t.moment(MATH, square)
     t.free(scores)
-    heads_first = t.alloc(q_bytes, OUT)
-    t.free(keys, values, scaled, *causal, weights)
+    heads_first = t.alloc(q_bytes * wide, OUT)
+    t.free(*keys, *queries, *causal, weights)
     out = t.alloc(q_bytes, OUT)
     t.free(heads_first)
     return out

@@ -13,6 +13,8 @@ from hfvram.memory.timeline import Tag, Timeline
 HIDDEN = Tag("hidden states", "activations", "b·s·h·e", "transformers 5.17: residual stream of a decoder layer")
 NORM = Tag("normalization in fp32", "activations", "b·s·h·4", "transformers 5.17: LlamaRMSNorm.forward")
 ROTARY = Tag("rotary embedding, temporaries", "activations", "b·s·a·d·e", "transformers 5.17: apply_rotary_pos_emb")
+DEQUANTIZED = Tag("weights dequantized for a product", "activations", "", "bitsandbytes 0.49: dequantize_4bit")
+INT8 = Tag("inputs and products in 8 and 32 bits", "activations", "", "bitsandbytes 0.49: MatMul8bitLt")
 ACTIVATION = Tag("feed-forward, activation function", "activations", "b·s·f·e", "transformers 5.17: activations.py")
 
 
@@ -33,6 +35,28 @@ def normalize(t: Timeline, f: Forward, width: int, kind: Literal["rms", "layer"]
         out = t.alloc(nbytes, tag)
         t.free(scaled)
     return out
+
+
+def project(t: Timeline, f: Forward, inputs: int, outputs: int, tag: Tag) -> int:
+    """A linear layer. In 4 bits its weight is dequantized for the product; in 8 bits the input is quantized, and the
+    product is int32 before it is fp16 (LLM.int8(), arXiv 2208.07339; bitsandbytes 0.49, autograd/_functions.py)."""
+    if f.quant in ("nf4", "fp4"):
+        weight = t.alloc(inputs * outputs * f.element_bytes, DEQUANTIZED)
+        out = t.alloc(f.bytes(outputs), tag)
+        t.free(weight)
+        return out
+    if f.quant == "int8":
+        cast = [] if f.dtype == "fp16" else [t.alloc(f.rows * inputs * 2, INT8)]
+        quantized, product = t.alloc(f.rows * inputs, INT8), t.alloc(f.rows * outputs * 4, INT8)
+        half = t.alloc(f.rows * outputs * 2, tag)
+        t.free(product)
+        if cast:
+            out = t.alloc(f.bytes(outputs), tag)
+            t.free(half)
+            half = out
+        t.free(quantized, *cast)
+        return half
+    return t.alloc(f.bytes(outputs), tag)
 
 
 def rotate(t: Timeline, nbytes: int, rotated: int, tag: Tag) -> int:
@@ -56,11 +80,12 @@ def rotate(t: Timeline, nbytes: int, rotated: int, tag: Tag) -> int:
 
 def activate(t: Timeline, nbytes: int, name: str) -> int:
     """An activation function; those written in Python hold more than their output."""
-    if name in ("gelu_new", "gelu_fast", "gelu_python"):
+    if name in ("gelu_new", "gelu_fast", "gelu_python", "gelu_bloom"):
         halved = t.alloc(nbytes, ACTIVATION)
+        slope = [t.alloc(nbytes, ACTIVATION)] if name in ("gelu_fast", "gelu_bloom") else []
         cube = t.alloc(nbytes, ACTIVATION)
         scaled = t.alloc(nbytes, ACTIVATION)
-        t.free(cube)
+        t.free(cube, *slope)
         inner = t.alloc(nbytes, ACTIVATION)
         t.free(scaled)
         out = t.alloc(nbytes, ACTIVATION)

@@ -4,7 +4,7 @@ b sequences of s tokens, h hidden size, f width, E experts, k chosen for each to
 Source: transformers 5.17, models/llama, phi3, mixtral (modeling_*.py) and integrations/moe.py (`grouped_mm_experts_forward`).
 """
 
-from hfvram.memory.blocks import HIDDEN, activate
+from hfvram.memory.blocks import HIDDEN, activate, project
 from hfvram.memory.forward import Forward
 from hfvram.memory.timeline import Tag, Timeline
 from hfvram.model.layers import FeedForward, MixtureOfExperts
@@ -20,24 +20,29 @@ EXPERT_PRODUCT = Tag("experts, product", "activations", "b·s·k·f·e", "transf
 
 def feed_forward(t: Timeline, f: Forward, part: FeedForward) -> int:
     """down(act(gate)·up) holds three widths at once, down(act(up)) two. Returns the output's handle."""
-    width = f.bytes(part.intermediate_size)
+    return dense(t, f, part.hidden_size, part.intermediate_size, part)
+
+
+def dense(t: Timeline, f: Forward, hidden: int, width: int, part: FeedForward | MixtureOfExperts) -> int:
+    """A dense feed-forward of these sizes; a mixture's shared expert is one, too."""
+    nbytes = f.bytes(width)
     if part.gated and part.fused_gate_up:
-        both = t.alloc(2 * width, WIDE)
-        act = activate(t, width, part.activation)
-        product = t.alloc(width, PRODUCT)
+        both = project(t, f, hidden, 2 * width, WIDE)
+        act = activate(t, nbytes, part.activation)
+        product = t.alloc(nbytes, PRODUCT)
         t.free(act, both)
     elif part.gated:
-        gate = t.alloc(width, WIDE)
-        act = activate(t, width, part.activation)
+        gate = project(t, f, hidden, width, WIDE)
+        act = activate(t, nbytes, part.activation)
         t.free(gate)
-        up = t.alloc(width, WIDE)
-        product = t.alloc(width, PRODUCT)
+        up = project(t, f, hidden, width, WIDE)
+        product = t.alloc(nbytes, PRODUCT)
         t.free(act, up)
     else:
-        up = t.alloc(width, WIDE)
-        product = activate(t, width, part.activation)
+        up = project(t, f, hidden, width, WIDE)
+        product = activate(t, nbytes, part.activation)
         t.free(up)
-    out = t.alloc(f.bytes(part.hidden_size), HIDDEN)
+    out = project(t, f, width, hidden, HIDDEN)
     t.free(product)
     return out
 
@@ -98,15 +103,7 @@ def _route(t: Timeline, f: Forward, part: MixtureOfExperts) -> list[int]:
 
 def _shared(t: Timeline, f: Forward, part: MixtureOfExperts, routed: int) -> int:
     """The shared expert, and its sum with the routed ones."""
-    width = f.bytes(part.shared_intermediate_size)
-    gate = t.alloc(width, WIDE)
-    act = activate(t, width, part.activation)
-    t.free(gate)
-    up = t.alloc(width, WIDE)
-    product = t.alloc(width, PRODUCT)
-    t.free(act, up)
-    shared = t.alloc(f.bytes(part.hidden_size), HIDDEN)
-    t.free(product)
+    shared = dense(t, f, part.hidden_size, part.shared_intermediate_size, part)
     total = t.alloc(f.bytes(part.hidden_size), HIDDEN)
     t.free(shared, routed)
     return total

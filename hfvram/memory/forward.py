@@ -23,6 +23,7 @@ class Forward:
     mask_of_ones: bool = True
     """Whether the model is given a mask of (batch, tokens) at all, as by generate()."""
     quant: str = "none"
+    use_cache: bool = True
     static_length: int = 0
     """Tokens that a static cache holds, 0 for a dynamic one."""
 

@@ -73,8 +73,8 @@ def forward(t: Timeline, architecture: Architecture, f: Forward, caches: list[li
     While decoding, a layer like one that was written already only grows its cache: the rest is alike and small.
     """
     stack = architecture.text
-    held = _embed(t, f, stack)
-    embedded = held[-1]
+    held, embedded = _embed(t, f, architecture)
+    kept = set(held)
     held += [*_angles(t, f, stack.layers), *_masks(t, f, stack.layers)]
     hidden = embedded
     written: set[int] = set()
@@ -84,7 +84,7 @@ def forward(t: Timeline, architecture: Architecture, f: Forward, caches: list[li
             continue
         written.add(id(layer))
         out = run_layer(t, f, layer, hidden, cache)
-        if hidden != embedded:
+        if hidden not in kept:
             t.free(hidden)
         hidden = out
     if architecture.final_norm:
@@ -102,12 +102,20 @@ def forward(t: Timeline, architecture: Architecture, f: Forward, caches: list[li
     t.free(hidden)
 
 
-def _embed(t: Timeline, f: Forward, stack: Stack) -> list[int]:
-    """Token embeddings, learned positions and token types, their sum, and its norm; all stay to the end of the pass."""
-    tables = [p for p in stack.before if p.kind == "embedding" and p.shape[-1] == stack.hidden_size]
-    norms = [p for p in stack.before if p.kind == "norm" and p.name.endswith("weight")]
-    count = len(tables) + (len(tables) > 1) + len(norms)
-    return [t.alloc(f.bytes(stack.hidden_size), HIDDEN) for _ in range(max(count, 1))]
+def _embed(t: Timeline, f: Forward, architecture: Architecture) -> tuple[list[int], int]:
+    """What stays of the embeddings to the end of the pass, and the first hidden states.
+
+    A decoder holds the tokens' embeddings and those of their positions, an encoder their sum alone.
+    """
+    stack = architecture.text
+    nbytes = f.bytes(stack.hidden_size)
+    tables = sum(p.kind == "embedding" and p.shape[-1] == stack.hidden_size for p in stack.before)
+    normed = any(p.kind == "norm" for p in stack.before)
+    if architecture.task == "encoder" or (tables < 2 and not normed):
+        embedded = t.alloc(nbytes, HIDDEN)
+        return [embedded], embedded
+    held = [t.alloc(nbytes, HIDDEN) for _ in range(tables)]
+    return held, t.alloc(nbytes, HIDDEN)
 
 
 def run_layer(t: Timeline, f: Forward, layer: Layer, hidden: int, cache: list[int]) -> int:

@@ -12,6 +12,7 @@ QUANTIZED = Tag("weights, quantized", "weights", "", "bitsandbytes 0.49: Params4
 SCALES = Tag("quantization scales", "weights", "", "bitsandbytes 0.49: functional.py quantize_4bit, int8_vectorwise_quant", "exact")
 BUFFERS = Tag("buffers", "buffers", "", "the model's own tensors", "exact")
 
+LINEAR = ("linear", "linear_subclass")
 BLOCK = 64
 NESTED_BLOCK = 256
 
@@ -24,11 +25,11 @@ def param_bytes(param: Param, dtype: str, quant: str, double_quant: bool) -> tup
     Source: QLoRA, arXiv 2305.14314, section 3; LLM.int8(), arXiv 2208.07339; measured exactly (truth, nf4 and int8).
     """
     n = param.numel
-    if param.kind == "linear" and quant in ("nf4", "fp4"):
+    if param.kind in LINEAR and quant in ("nf4", "fp4"):
         blocks = -(-n // BLOCK)
         scales = (blocks, -(-blocks // NESTED_BLOCK) * 4, 256 * 4, 4) if double_quant else (blocks * 4,)
         return (((n + 1) // 2, QUANTIZED), *((s, SCALES) for s in scales), (16 * 4, SCALES))
-    if param.kind == "linear" and quant == "int8":
+    if param.kind in LINEAR and quant == "int8":
         return ((n, QUANTIZED), (param.shape[0] * 4, SCALES))
     nbytes = n * ELEMENT_BYTES.get(param.dtype or dtype, 1)
     return ((nbytes, BUFFERS if param.kind == "buffer" else WEIGHTS),)

@@ -240,9 +240,10 @@ def bloom(config: Config, hidden: int) -> Decoder:
         bias=True,
         projections=("query_key_value", "dense"),
         position_bias=True,
+        keeps_scores=True,
         **EAGER,
     )
-    feed = blocks.mlp("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", hidden, 4 * hidden, "gelu")
+    feed = blocks.mlp("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", hidden, 4 * hidden, "gelu_bloom")
     block = layer(attention, feed, two_norms("input_layernorm", "post_attention_layernorm", hidden))
     before = blocks.embedding("word_embeddings", config.size("vocab_size"), hidden) + norm(
         "word_embeddings_layernorm", hidden, True
@@ -268,6 +269,7 @@ def falcon(config: Config, hidden: int) -> Decoder:
         projections=("query_key_value", "dense"),
         rotary=None if alibi else rotary(config, sizes["head_dim"]),
         position_bias=alibi,
+        groups="expanded" if new else "broadcast",
     )
     width = config.size("ffn_hidden_size", default=4 * hidden)
     feed = blocks.mlp(

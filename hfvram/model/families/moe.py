@@ -26,6 +26,7 @@ class Experts:
     router: str = "gate"
     router_kind: ParamKind = "other"
     router_fp32: bool = False
+    routing_fp32: bool = True
     width: str = "intermediate_size"
     shared: str = ""
     """Name of the shared experts' module, "" where there are none."""
@@ -71,24 +72,26 @@ DEEPSEEK = Experts(
 EXPERTS: dict[str, Experts] = {
     "mixtral": Experts(),
     "minimax_m2": Experts(),
-    "olmoe": Experts(),
-    "qwen3_moe": Experts(width="moe_intermediate_size", sparse=_qwen),
+    "olmoe": Experts(routing_fp32=False),
+    "qwen3_moe": Experts(routing_fp32=False, width="moe_intermediate_size", sparse=_qwen),
     "qwen3_vl_moe_text": Experts(width="moe_intermediate_size", sparse=_qwen),
     "qwen2_moe": Experts(
+        routing_fp32=False,
         width="moe_intermediate_size",
         shared="shared_expert",
         shared_width=lambda config: config.size("shared_expert_intermediate_size"),
         sparse=_qwen,
     ),
-    "phimoe": Experts(router="router", router_kind="linear_subclass"),
-    "granitemoe": Experts(module="block_sparse_moe", router="router"),
+    "phimoe": Experts(routing_fp32=False, router="router", router_kind="linear_subclass"),
+    "granitemoe": Experts(routing_fp32=False, module="block_sparse_moe", router="router"),
     "granitemoeshared": Experts(
+        routing_fp32=False,
         module="block_sparse_moe",
         router="router",
         shared="shared_mlp",
         shared_width=lambda config: config.size("shared_intermediate_size", default=0, low=0),
     ),
-    "gpt_oss": Experts(router="router"),
+    "gpt_oss": Experts(routing_fp32=False, router="router"),
     "glm4_moe": DEEPSEEK,
     "glm4v_moe_text": DEEPSEEK,
     "glm4_moe_lite": replace(DEEPSEEK, sparse=lambda config, index: first_dense(config, index, first=1)),
@@ -153,6 +156,8 @@ def mixture_of_experts(config: Config, layout: Experts, hidden: int) -> MixtureO
         shared_intermediate_size=shared,
         activation=config.text("hidden_activation", "hidden_act", default="silu"),
         router_fp32=layout.router_fp32,
+        routing_fp32=layout.routing_fp32,
+        expert_bias=config.model_type == "gpt_oss",
         params=params,
     )
 
