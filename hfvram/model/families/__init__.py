@@ -35,6 +35,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "kimi": ("kimi_k25",),
     "minicpmv": ("minicpmv4_6",),
     "qwen_audio": ("qwen2_audio",),
+    "qwen_omni": ("qwen2_5_omni",),
     "dbrx": ("dbrx",),
     "mamba": ("mamba", "falcon_mamba", "mamba2"),
     "jamba": ("jamba",),
