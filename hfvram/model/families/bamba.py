@@ -95,5 +95,6 @@ def granite_feed_forward(config: Config, hidden: int) -> FeedForward | MixtureOf
         intermediate_size=width,
         shared_intermediate_size=shared,
         activation=activation,
+        routing_fp32=False,
         params=router + fused_experts("block_sparse_moe.experts", count, hidden, width) + common.params,
     )

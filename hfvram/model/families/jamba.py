@@ -81,6 +81,7 @@ def mixture(config: Config, hidden: int) -> MixtureOfExperts:
         top_k=config.size("num_experts_per_tok"),
         intermediate_size=width,
         activation=config.text("hidden_act", default="silu"),
+        routing_fp32=False,
         params=linear("feed_forward.router", hidden, count)
         + fused_experts("feed_forward.experts", count, hidden, width),
     )

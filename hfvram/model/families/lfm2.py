@@ -89,6 +89,7 @@ def experts(config: Config, hidden: int) -> MixtureOfExperts:
         experts=count,
         top_k=config.size("num_experts_per_tok"),
         intermediate_size=each,
+        routing_fp32=False,
         params=(
             *fused_experts("feed_forward.experts", count, hidden, each),
             Param("feed_forward.gate.weight", (count, hidden), "other"),

@@ -16,7 +16,10 @@ def read(config: Config, class_name: str | None) -> Architecture:
     config = known(config)
     hidden = config.size("hidden_size")
     mixer = state_space_2(config, hidden) if config.model_type == "mamba2" else state_space(config, hidden)
-    layers = (Layer(mixers=(mixer,), params=norm("norm", hidden)),) * config.layers("num_hidden_layers")
+    layer = Layer(
+        mixers=(mixer,), residual_fp32=config.flag("residual_in_fp32", default=True), params=norm("norm", hidden)
+    )
+    layers = (layer,) * config.layers("num_hidden_layers")
     return decoder(config, class_name, layers, embed="embeddings", final="norm_f")
 
 
@@ -32,6 +35,7 @@ def state_space(config: Config, hidden: int) -> Mamba1:
         bias=config.flag("use_bias"),
         conv_bias=config.flag("use_conv_bias"),
         norms="bare" if config.model_type == "falcon_mamba" else None,
+        mask_of_ones=True,
     )
 
 

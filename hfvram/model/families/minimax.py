@@ -60,6 +60,7 @@ def lightning(config: Config, hidden: int) -> LightningAttention:
         hidden_size=hidden,
         heads=heads,
         head_dim=head_dim,
+        block_size=block,
         params=norm("self_attn.norm", wide)
         + linear("self_attn.qkv_proj", hidden, 3 * wide)
         + linear("self_attn.out_proj", wide, hidden)

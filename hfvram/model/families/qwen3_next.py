@@ -145,6 +145,7 @@ def delta_net(config: Config, hidden: int) -> GatedDeltaNet:
         key_dim=key_dim,
         value_dim=value_dim,
         d_conv=kernel,
+        fused_projection=config.model_type == "qwen3_next",
         params=others("linear_attn", {"dt_bias": (value_heads,), "A_log": (value_heads,)})
         + convolution("linear_attn.conv1d", 2 * keys + values, 1, kernel, bias=False)
         + tuple(p for projection in projections for p in projection)
@@ -168,6 +169,7 @@ def experts(config: Config, hidden: int) -> MixtureOfExperts:
         intermediate_size=width,
         shared_intermediate_size=shared,
         activation=activation,
+        routing_fp32=False,
         params=(
             Param("mlp.gate.weight", (count, hidden), "other"),
             *fused_experts("mlp.experts", count, hidden, width),

@@ -27,6 +27,7 @@ def mamba1(
     bias: bool,
     conv_bias: bool,
     norms: Literal["weighted", "bare"] | None = None,
+    mask_of_ones: bool = False,
 ) -> Mamba1:
     """A Mamba mixer. `norms` of Δ, B and C have weights in Jamba and none in Falcon-Mamba."""
     weights = (
@@ -39,6 +40,7 @@ def mamba1(
         d_conv=kernel,
         dt_rank=rank,
         inner_norms=norms is not None,
+        mask_of_ones=mask_of_ones,
         params=others(name, {"A_log": (inner, state), "D": (inner,)})
         + convolution(f"{name}.conv1d", inner, 1, kernel, bias=conv_bias)
         + linear(f"{name}.in_proj", hidden, 2 * inner, bias)
@@ -63,6 +65,7 @@ def mamba2(
     conv_bias: bool,
     out_bias: bool | None = None,
     gated_norm: bool = True,
+    multipliers: bool = False,
 ) -> Mamba2:
     """A Mamba-2 mixer: one projection makes gate, x, B, C and Δ. `groups` must divide the heads."""
     inner = heads * head_dim
@@ -78,6 +81,7 @@ def mamba2(
         d_conv=kernel,
         chunk_size=chunk,
         gated_norm=gated_norm,
+        multipliers=multipliers,
         params=others(name, {"dt_bias": (heads,), "A_log": (heads,), "D": (heads,)})
         + convolution(f"{name}.conv1d", channels, 1, kernel, bias=conv_bias)
         + linear(f"{name}.in_proj", hidden, inner + channels + heads, bias)
@@ -111,4 +115,5 @@ def mamba2_of(config: Config, name: str, hidden: int, inner: int | None = None) 
         conv_bias=config.flag("mamba_conv_bias"),
         out_bias=config.flag("projectors_bias") if config.model_type == "falcon_h1" else bias,
         gated_norm=config.model_type != "falcon_h1" or config.flag("mamba_rms_norm"),
+        multipliers=config.model_type == "falcon_h1",
     )
