@@ -1,18 +1,80 @@
 """Configuration → `Architecture`, by the reader of its family."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from hfvram.errors import HfvramError, printable
 from hfvram.model.architecture import Architecture
 from hfvram.model.config import Config
 from hfvram.model.families import reader
+from hfvram.model.families.defaults import type_of_class
+from hfvram.model.quantization import method
+
+UNKNOWN = "unknown_architecture"
 
 
-def infer(values: Mapping[str, Any], class_name: str | None = None) -> Architecture:
-    """The architecture of a configuration. Raises `bad_config`, and `unknown_architecture` that names the type."""
+def infer(
+    values: Mapping[str, Any], class_name: str | None = None, generation: Mapping[str, Any] | None = None
+) -> Architecture:
+    """The architecture of a configuration, with the quantization that it says it has.
+
+    `class_name` is what to build instead of the first of `architectures`; `generation` the generation configuration,
+    which decides about the cache where there is one. Raises `bad_config`, and `unknown_architecture` that names the
+    model type or the kind of layer that isn't known.
+    """
+    if not isinstance(values, Mapping):
+        raise HfvramError("bad_config", "config.json is not an object")
     config = Config(values)
-    read = reader(config.model_type)
-    if read is None:
-        raise HfvramError("unknown_architecture", f"model type {printable(config.model_type, 60)!r} is not known")
-    return read(config, class_name)
+    model_type = config.model_type or _type_by_class(config)
+    if (read := reader(model_type)) is None:
+        raise _unknown(config, model_type)
+    if not config.model_type:
+        config = Config({**values, "model_type": model_type})
+    architecture = read(config, class_name)
+    quantization, unquantized = method(values)
+    return replace(
+        architecture,
+        quantization=quantization,
+        unquantized=unquantized,
+        generates_cache=architecture.generates_cache and _caches(config, generation),
+        warnings=architecture.warnings + _taken_for_granted(config),
+    )
+
+
+def _type_by_class(config: Config) -> str:
+    """The type of a configuration that names only the class to build."""
+    named = config.strings("architectures") or []
+    if not named:
+        raise HfvramError(UNKNOWN, "config.json has neither model_type nor architectures: there is no telling what it is")
+    model_type = type_of_class(named[0])
+    if model_type is None:
+        raise HfvramError(UNKNOWN, f"{printable(named[0], 60)} is not a class that hfvram knows, and there is no model_type")
+    return model_type
+
+
+def _unknown(config: Config, model_type: str) -> HfvramError:
+    """Names the type; code of the repo's own is said to be the reason where there is some."""
+    what = f"model type {printable(model_type, 60)!r} is not known"
+    named = config.strings("architectures")
+    if config.get("auto_map") is not None:
+        what += f" ({printable(named[0], 60) if named else 'it'} is built by remote code of its repo)"
+    return HfvramError(UNKNOWN, what)
+
+
+def _caches(config: Config, generation: Mapping[str, Any] | None) -> bool:
+    """Whether `generate` keeps a cache: as the generation configuration says; without one, as the model's does."""
+    if generation is not None:
+        return generation.get("use_cache") is not False
+    if config.get("use_cache") is not None:
+        return config.flag("use_cache")
+    text = config.section("text_config")
+    return text is None or text.flag("use_cache", default=True)
+
+
+def _taken_for_granted(config: Config) -> tuple[str, ...]:
+    """A warning where the file gives no width at all, so that all of its sizes are the family's defaults."""
+    said = " ".join(config.values)
+    if any(word in said for word in ("hidden_size", "d_model", "n_embd", "n_embed", "dim", "_config", "hidden_sizes")):
+        return ()
+    return (f"config.json says no sizes: those are the defaults of {printable(config.model_type, 60)}",)

@@ -63,3 +63,9 @@ def prefix_of(config: Config, class_name: str) -> str:
 def _classes(config: Config) -> Mapping[str, str]:
     classes: Mapping[str, str] = _table().get(config.model_type, {}).get("classes", {})
     return classes
+
+
+def type_of_class(class_name: str) -> str | None:
+    """The model type that this class is built from; a wrapper's rather than that of what it wraps."""
+    found = [kind for kind, facts in _table().items() if class_name in facts["classes"]]
+    return min(found, key=len) if found else None
