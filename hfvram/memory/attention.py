@@ -125,7 +125,7 @@ def kernel(t: Timeline, f: Forward, part: Attention, joined: bool, masked: bool 
     if implementation(f, part) == "eager":
         copies = [t.alloc(n, REPEATED) for n in repeated] if grouped else []
         previous = [t.alloc(square * f.element_bytes, SCORES) for _ in range(2 * part.keeps_scores)]
-        weights = _eager_softmax(t, f, square)
+        weights = (_sink_softmax if part.sinks else _eager_softmax)(t, f, square)
         t.free(*previous)
         heads_first = t.alloc(out_bytes, OUT)
         out = t.alloc(out_bytes, OUT)
@@ -190,6 +190,25 @@ def _eager_softmax(t: Timeline, f: Forward, square: int) -> int:
         return soft
     weights = t.alloc(nbytes, SCORES)
     t.free(soft, biased)
+    return weights
+
+
+def _sink_softmax(t: Timeline, f: Forward, square: int) -> int:
+    """Scores with one more column for the attention sinks, less their maximum, and the softmax in the same dtype.
+
+    Source: transformers 5.17, models/gpt_oss/modeling_gpt_oss.py eager_attention_forward.
+    """
+    nbytes = square * f.element_bytes
+    product = t.alloc(nbytes, SCORES)
+    scaled = t.alloc(nbytes, SCORES)
+    t.free(product)
+    biased = t.alloc(nbytes, SCORES)
+    t.free(scaled)
+    joined = t.alloc(nbytes, SCORES)
+    shifted = t.alloc(nbytes, SCORES)
+    t.free(joined)
+    weights = t.alloc(nbytes, SCORES)
+    t.free(biased, shifted)
     return weights
 
 

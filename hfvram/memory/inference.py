@@ -92,13 +92,16 @@ def forward(t: Timeline, architecture: Architecture, f: Forward, caches: list[li
         normed = normalize(t, stream, stack.hidden_size, architecture.final_norm)
         t.free(hidden)
         hidden = normed
+    if architecture.task == "encoder":
+        _classify(t, f, architecture)
     t.free(*held)
-    if architecture.head or architecture.tied_head:
-        logits = f.batch * architecture.vocab_size
-        last = [t.alloc(logits * f.element_bytes, LOGITS), t.alloc(logits * 4, LOGITS)]
+    if architecture.task != "encoder" and (architecture.head or architecture.tied_head):
+        rows = f.rows if architecture.logits_of_all_tokens else f.batch
+        logits = t.alloc(rows * architecture.vocab_size * f.element_bytes, LOGITS)
+        last = t.alloc(f.batch * architecture.vocab_size * 4, LOGITS)
         if architecture.logits_softcap:
-            t.moment(LOGITS, logits * f.element_bytes)
-        t.free(*last)
+            t.moment(LOGITS, rows * architecture.vocab_size * f.element_bytes)
+        t.free(logits, last)
     t.free(hidden)
 
 
@@ -116,6 +119,17 @@ def _embed(t: Timeline, f: Forward, architecture: Architecture) -> tuple[list[in
         return [embedded], embedded
     held = [t.alloc(nbytes, HIDDEN) for _ in range(tables)]
     return held, t.alloc(nbytes, HIDDEN)
+
+
+def _classify(t: Timeline, f: Forward, architecture: Architecture) -> None:
+    """An encoder's head over all tokens: masked-language models transform each, and project it to the vocabulary."""
+    outputs = max((p.shape[0] for p in architecture.head if p.kind in ("head", "linear") and len(p.shape) > 1), default=0)
+    if architecture.tied_head:
+        outputs = max(outputs, architecture.vocab_size)
+    if outputs == architecture.vocab_size:
+        width = f.bytes(architecture.text.hidden_size)
+        t.moment(HIDDEN, width, width)
+        t.moment(LOGITS, width, f.bytes(outputs))
 
 
 def run_layer(t: Timeline, f: Forward, layer: Layer, hidden: int, cache: list[int]) -> int:

@@ -5,9 +5,9 @@ e bytes of an element. Source: transformers 5.17, models/{qwen3_next, minimax, l
 checked event by event on the meta device; fused delta rule: flash-linear-attention 0.3, ops/gated_delta_rule/chunk.py.
 """
 
-from hfvram.memory.blocks import HIDDEN, NORM, activate, normalize
+from hfvram.memory.blocks import HIDDEN, NORM, activate, normalize, project
 from hfvram.memory.forward import Forward
-from hfvram.memory.ssm import CONV_STATE, STATE, convolve, step, tune
+from hfvram.memory.ssm import CONV_STATE, STATE, convolve, keep, step, tune
 from hfvram.memory.timeline import Tag, Timeline
 from hfvram.model.layers import RGLRU, GatedDeltaNet, LightningAttention, ShortConv
 
@@ -59,7 +59,7 @@ def delta_net(t: Timeline, f: Forward, part: GatedDeltaNet, states: list[int]) -
         return step(t, f, 2 * keys + 2 * values, part.conv_dim, values, part.hidden_size, 4 * state)
     held = [t.alloc(f.bytes(part.hidden_size), HIDDEN)] if f.masked else []
     if part.fused_projection:
-        held.append(t.alloc(f.bytes(2 * keys + 2 * values), PROJECTED))
+        held.append(project(t, f, part.hidden_size, 2 * keys + 2 * values, PROJECTED))
         sorted_values = t.alloc(f.bytes(values), PROJECTED)
         held.append(t.alloc(f.bytes(values), PROJECTED))  # the gate
         parts = [t.alloc(f.bytes(keys), PROJECTED) for _ in range(2)]
@@ -67,8 +67,8 @@ def delta_net(t: Timeline, f: Forward, part: GatedDeltaNet, states: list[int]) -
         convolved = convolve(t, f, part.conv_dim, part.d_conv, states)
         t.free(joined, *parts, sorted_values)
     else:
-        joined = t.alloc(f.bytes(part.conv_dim), PROJECTED)
-        held.append(t.alloc(f.bytes(values), PROJECTED))  # the gate
+        joined = project(t, f, part.hidden_size, part.conv_dim, PROJECTED)
+        held.append(project(t, f, part.hidden_size, values, PROJECTED))  # the gate
         convolved = convolve(t, f, part.conv_dim, part.d_conv, states)
         t.free(joined)
     held.append(convolved)
@@ -76,10 +76,10 @@ def delta_net(t: Timeline, f: Forward, part: GatedDeltaNet, states: list[int]) -
         held += [t.alloc(f.bytes(part.value_heads * part.key_dim), PROJECTED) for _ in range(2)]
     rule = _fused_rule if f.kernels == "fused" and f.half else _rule
     out, last = rule(t, f, part)
-    states.append(t.alloc(state, STATE))
+    keep(t, f, states, state, STATE)
     gated = _gated_norm(t, f, values)
     t.free(out)
-    projected = t.alloc(f.bytes(part.hidden_size), HIDDEN)
+    projected = project(t, f, values, part.hidden_size, HIDDEN)
     t.free(*held, gated, last)
     return projected
 
@@ -161,9 +161,10 @@ def _gated_norm(t: Timeline, f: Forward, width: int) -> int:
 
 def lightning(t: Timeline, f: Forward, part: LightningAttention, states: list[int]) -> int:
     """Lightning attention in blocks; `states` holds the state, empty before the prefill. Returns the output's handle."""
-    wide = f.bytes(part.heads * part.head_dim)
+    width = part.heads * part.head_dim
+    wide = f.bytes(width)
     state = f.batch * part.heads * part.head_dim**2 * f.element_bytes
-    projected = t.alloc(3 * wide, LIGHTNING)
+    projected = project(t, f, part.hidden_size, 3 * width, LIGHTNING)
     active = activate(t, 3 * wide, "silu")
     t.free(projected)
     if f.past:
@@ -175,19 +176,19 @@ def lightning(t: Timeline, f: Forward, part: LightningAttention, states: list[in
         pairs, rows = by_token * block * f.element_bytes, by_token * part.head_dim * f.element_bytes
         t.moment(LIGHTNING, pairs, pairs, rows, rows, state, state)
         blocks = t.alloc(wide, LIGHTNING)
-        states.append(t.alloc(state, STATE))
+        keep(t, f, states, state, STATE)
         joined = t.alloc(wide, LIGHTNING)
         t.free(blocks)
     contiguous = t.alloc(wide, LIGHTNING)
     t.free(joined)
-    normed = normalize(t, f, part.heads * part.head_dim, "rms", LIGHTNING)
+    normed = normalize(t, f, width, "rms", LIGHTNING)
     t.free(contiguous)
-    gate = t.alloc(wide, LIGHTNING)
+    gate = project(t, f, part.hidden_size, width, LIGHTNING)
     sigmoid = t.alloc(wide, LIGHTNING)
     t.free(gate)
     gated = t.alloc(wide, LIGHTNING)
     t.free(sigmoid, normed)
-    out = t.alloc(f.bytes(part.hidden_size), HIDDEN)
+    out = project(t, f, width, part.hidden_size, HIDDEN)
     t.free(gated, active)
     return out
 
@@ -196,14 +197,14 @@ def short_convolution(t: Timeline, f: Forward, part: ShortConv, states: list[int
     """A gated short convolution; `states` holds its columns, empty before the prefill. Returns the output's handle."""
     width = f.bytes(part.hidden_size)
     held = [t.alloc(width, HIDDEN)] if f.masked and not f.past else []
-    held.append(t.alloc(3 * width, SHORT))
+    held.append(project(t, f, part.hidden_size, 3 * part.hidden_size, SHORT))
     gated = t.alloc(width, SHORT)
     convolved = t.alloc(width, SHORT) if f.past else convolve(t, f, part.hidden_size, part.d_conv, states, False)
     t.free(gated)
     product = t.alloc(width, SHORT)
     contiguous = t.alloc(width, SHORT)
     t.free(product)
-    out = t.alloc(width, HIDDEN)
+    out = project(t, f, part.hidden_size, part.hidden_size, HIDDEN)
     t.free(*held, convolved, contiguous)
     return out
 
@@ -214,13 +215,13 @@ def rg_lru(t: Timeline, f: Forward, part: RGLRU, states: list[int]) -> int:
     There is no kernel for it: a loop runs over the tokens, whatever is installed.
     """
     wide = f.bytes(part.width)
-    linear = t.alloc(wide, GATES)
+    linear = project(t, f, part.hidden_size, part.width, GATES)
     branch = activate(t, wide, "gelu_pytorch_tanh")
     t.free(linear)
-    x = t.alloc(wide, GATES)
-    if not states:
-        states.append(t.alloc(f.batch * part.width * (part.d_conv - 1) * f.element_bytes, CONV_STATE))
-        states.append(t.alloc(f.batch * part.width * 4, STATE))
+    x = project(t, f, part.hidden_size, part.width, GATES)
+    if not f.past:
+        keep(t, f, states, f.batch * part.width * (part.d_conv - 1) * f.element_bytes, CONV_STATE)
+        keep(t, f, states, f.batch * part.width * 4, STATE)
     convolved = t.alloc(f.batch * (f.tokens + part.d_conv - 1) * part.width * f.element_bytes, GATES)
     t.free(x)
     held = [branch, convolved]
@@ -233,6 +234,6 @@ def rg_lru(t: Timeline, f: Forward, part: RGLRU, states: list[int]) -> int:
     out = t.alloc(wide, GATES)
     product = t.alloc(wide, GATES)
     t.free(out, *held)
-    projected = t.alloc(f.bytes(part.hidden_size), HIDDEN)
+    projected = project(t, f, part.width, part.hidden_size, HIDDEN)
     t.free(product)
     return projected

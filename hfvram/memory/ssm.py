@@ -7,7 +7,7 @@ mamba2/modeling_mamba2.py (`Mamba2Mixer.forward`), of which the hybrids' mixers 
 2.2, selective_scan_interface.py and ops/triton/ssd_*.py; causal-conv1d 1.5.
 """
 
-from hfvram.memory.blocks import HIDDEN, NORM, normalize
+from hfvram.memory.blocks import HIDDEN, NORM, normalize, project
 from hfvram.memory.forward import Forward
 from hfvram.memory.ssm_fallback import chunk_scan as fallback_chunk_scan
 from hfvram.memory.ssm_fallback import scan as fallback_scan
@@ -53,7 +53,7 @@ def mamba1(t: Timeline, f: Forward, part: Mamba1, states: list[int]) -> int:
     masked = f.masked or (part.mask_of_ones and f.mask_of_ones)
     wide, low_rank = f.bytes(part.d_inner), part.dt_rank + 2 * part.d_state
     held = [t.alloc(f.bytes(part.hidden_size), HIDDEN)] if masked else []
-    held.append(t.alloc(2 * wide, PROJECTED))
+    held.append(project(t, f, part.hidden_size, 2 * part.d_inner, PROJECTED))
     if part.heads > 1:  # x and gate are sorted by head
         held += [t.alloc(wide, PROJECTED), t.alloc(wide, PROJECTED)]
     decay = part.d_inner * part.d_state * 4
@@ -73,14 +73,10 @@ def mamba1(t: Timeline, f: Forward, part: Mamba1, states: list[int]) -> int:
     held += [convolved, t.alloc(wide, PROJECTED)]
     t.free(product)
     out, last = _scan_by_head(t, f, part)
-    states.append(t.alloc(recurrent, STATE))
-    if f.half and f.kernels != "fused":
-        cast = t.alloc(wide, SCANNED)
-        projected = t.alloc(f.bytes(part.hidden_size), HIDDEN)
-        t.free(cast)
-    else:
-        projected = t.alloc(f.bytes(part.hidden_size), HIDDEN)
-    t.free(*held, out, last)
+    keep(t, f, states, recurrent, STATE)
+    cast = [t.alloc(wide, SCANNED)] if f.half and f.kernels != "fused" else []
+    projected = project(t, f, part.d_inner, part.hidden_size, HIDDEN)
+    t.free(*cast, *held, out, last)
     return projected
 
 
@@ -122,7 +118,7 @@ def mamba2(t: Timeline, f: Forward, part: Mamba2, states: list[int]) -> int:
         inputs.append(t.alloc(f.bytes(part.hidden_size), HIDDEN))
         t.free(*inputs[:-1])
         inputs = inputs[-1:]
-    projected = t.alloc(f.bytes(width), PROJECTED)
+    projected = project(t, f, part.hidden_size, width, PROJECTED)
     if part.multipliers:
         projected = _replace(t, projected, f.bytes(width))
     convolved = convolve(t, f, part.conv_dim, part.d_conv, states)
@@ -131,9 +127,9 @@ def mamba2(t: Timeline, f: Forward, part: Mamba2, states: list[int]) -> int:
     t.free(*inputs)
     scan = _chunk_scan if f.kernels == "fused" else fallback_chunk_scan
     scanned, last = scan(t, f, part)
-    states.append(t.alloc(recurrent, STATE))
+    keep(t, f, states, recurrent, STATE)
     normed = _gate(t, f, part)
-    out = t.alloc(f.bytes(part.hidden_size), HIDDEN)
+    out = project(t, f, part.d_inner, part.hidden_size, HIDDEN)
     t.free(projected, convolved, normed, scanned, last)
     return out
 
@@ -198,7 +194,7 @@ def convolve(
 
     The fused kernel writes its output alone; `nn.Conv1d` pads it by k − 1 columns, and the activation is a second one.
     """
-    states.append(t.alloc(f.batch * channels * d_conv * f.element_bytes, CONV_STATE))
+    keep(t, f, states, f.batch * channels * d_conv * f.element_bytes, CONV_STATE)
     if f.kernels == "fused":
         return t.alloc(f.bytes(channels), CONVOLVED)
     padded = t.alloc(f.batch * (f.tokens + d_conv - 1) * channels * f.element_bytes, CONVOLVED)
@@ -207,13 +203,19 @@ def convolve(
 
 def step(t: Timeline, f: Forward, width: int, channels: int, inner: int, hidden: int, update_bytes: int) -> int:
     """One token more: projection, convolution and output; without kernels, temporaries of `update_bytes` in between."""
-    held = [t.alloc(f.bytes(width), PROJECTED), t.alloc(f.bytes(channels), CONVOLVED)]
+    held = [project(t, f, hidden, width, PROJECTED), t.alloc(f.bytes(channels), CONVOLVED)]
     if f.kernels != "fused":
         t.moment(SCAN, update_bytes)
     held.append(t.alloc(f.bytes(inner), SCANNED))
-    out = t.alloc(f.bytes(hidden), HIDDEN)
+    out = project(t, f, inner, hidden, HIDDEN)
     t.free(*held)
     return out
+
+
+def keep(t: Timeline, f: Forward, states: list[int], nbytes: int, tag: Tag) -> None:
+    """A state that outlives the pass, where there is a cache."""
+    if f.use_cache:
+        states.append(t.alloc(nbytes, tag))
 
 
 def tune(t: Timeline, *kernel: object) -> None:

@@ -61,6 +61,8 @@ class Architecture:
     logits_softcap: bool = False
     generates_cache: bool = True
     """False where the model's generation configuration says `use_cache: false` (MPT)."""
+    logits_of_all_tokens: bool = False
+    """The class has no `logits_to_keep`: a prefill computes the logits of every token."""
     quantization: str | None = None
     """The checkpoint's own: `fp8`, `gptq-4`, `awq-4`, `nf4`, `int8`, `mxfp4`, `nvfp4`…"""
     unquantized: tuple[str, ...] = ()

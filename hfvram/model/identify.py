@@ -1,6 +1,7 @@
 """`Checkpoint` → `Model`: the architecture, and how many parameters it has by which source."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from hfvram.errors import HfvramError
 from hfvram.model.architecture import Architecture, Counted
@@ -38,6 +39,8 @@ def identify(checkpoint: Checkpoint, architecture: Architecture | None = None) -
     `unknown_architecture`.
     """
     architecture = architecture or infer(checkpoint.config)
+    if not generates_cache(checkpoint):
+        architecture = replace(architecture, generates_cache=False)
     warnings = [*checkpoint.warnings, *architecture.warnings]
     source: Counted = "closed form"
     parameters, stored_bytes = architecture.parameters, None
@@ -59,6 +62,18 @@ def identify(checkpoint: Checkpoint, architecture: Architecture | None = None) -
     elif by_dtype and checkpoint.source == "catalogue":
         raise HfvramError("bad_config", f"the catalogue's count of {checkpoint.id} is not that of its configuration")
     return Model(checkpoint, _stored_dtype(checkpoint, architecture), parameters, source, stored_bytes, tuple(warnings))
+
+
+def generates_cache(checkpoint: Checkpoint) -> bool:
+    """Whether `generate()` keeps a cache: the generation configuration says so, or where there is none, the text model's.
+
+    Source: transformers 5.17, GenerationConfig.from_model_config.
+    """
+    said: Any = checkpoint.generation_config
+    if said is None:
+        nested = checkpoint.config.get("text_config")
+        said = nested if isinstance(nested, dict) and "use_cache" in nested else checkpoint.config
+    return said.get("use_cache") is not False
 
 
 def _stored_dtype(checkpoint: Checkpoint, architecture: Architecture) -> Architecture:
