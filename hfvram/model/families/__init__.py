@@ -46,6 +46,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "lfm2": ("lfm2", "lfm2_moe"),
     "recurrent_gemma": ("recurrent_gemma",),
     "minimax": ("minimax",),
+    "olmo_hybrid": ("olmo_hybrid",),
     "bert": ("bert", "roberta", "xlm-roberta", "camembert", "electra", "mpnet"),
     "distilbert": ("distilbert",),
     "albert": ("albert",),

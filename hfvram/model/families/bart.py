@@ -67,6 +67,7 @@ def read(config: Config, class_name: str | None) -> Architecture:
         dtype=dtype_of(config),
         head=head(config, kind, style, hidden, target, tied),
         tied_head=kind == style.generator and tied,
+        logits_of_all_tokens=True,
         final_norm="layer" if style.pre_norm else None,
     )
 

@@ -13,15 +13,14 @@ from hfvram.model.families.blocks import (
     attention,
     convolution,
     embedding,
-    fused_attention,
     fused_experts,
     gated_mlp,
-    mlp,
     others,
 )
 from hfvram.model.families.common import causal_head, dtype_of, head_sizes, max_positions, rotary
 from hfvram.model.families.decoder import hybrid_kinds
 from hfvram.model.families.defaults import class_of, known, prefix_of, section
+from hfvram.model.families.qwen_vl import vision_3
 from hfvram.model.layers import (
     Attention,
     FeedForward,
@@ -29,7 +28,6 @@ from hfvram.model.layers import (
     Layer,
     MixtureOfExperts,
     Param,
-    Rotary,
     linear,
     norm,
 )
@@ -53,7 +51,7 @@ def read(config: Config, class_name: str | None) -> Architecture:
             "unknown_architecture",
             f"{printable(class_name, 60)} needs a text_config and a vision_config, which {config.model_type} has not",
         )
-    towers = (vision(section(config, "vision_config"), f"{prefix}visual"),) if whole else ()
+    towers = (vision(section(config, "vision_config"), f"{prefix}visual."),) if whole else ()
     hidden, vocab = text.size("hidden_size"), text.size("vocab_size")
     # A multimodal configuration ties by its own key, not by its text's.
     head, tied, _ = causal_head(config if whole else text, class_name, hidden, vocab)
@@ -180,38 +178,6 @@ def experts(config: Config, hidden: int) -> MixtureOfExperts:
 
 
 def vision(config: Config, prefix: str) -> Stack:
-    """A vision transformer over patches in space and time, and the layer that merges neighbouring patches."""
-    hidden, width, heads = config.size("hidden_size"), config.size("intermediate_size"), config.size("num_heads")
-    patch, frames = config.size("patch_size"), config.size("temporal_patch_size")
-    merged = hidden * config.size("spatial_merge_size") ** 2
-    head_dim = config.divided("hidden_size", hidden, heads)
-    activation = config.text("hidden_act", default="gelu_pytorch_tanh")
-    layer = Layer(
-        mixers=(
-            fused_attention(
-                "attn",
-                hidden,
-                heads,
-                head_dim,
-                bias=True,
-                projections=("qkv", "proj"),
-                causal=False,
-                cached=False,
-                rotary=Rotary(dim=head_dim),
-            ),
-        ),
-        feed_forward=mlp("mlp.linear_fc1", "mlp.linear_fc2", hidden, width, activation),
-        norm="layer",
-        params=norm("norm1", hidden, bias=True) + norm("norm2", hidden, bias=True),
-    )
-    return Stack(
-        name="vision",
-        prefix=f"{prefix}.blocks",
-        hidden_size=hidden,
-        before=convolution(f"{prefix}.patch_embed.proj", hidden, config.size("in_channels"), frames, patch, patch)
-        + embedding(f"{prefix}.pos_embed", config.size("num_position_embeddings"), hidden),
-        layers=(layer,) * config.layers("depth"),
-        after=norm(f"{prefix}.merger.norm", hidden, bias=True)
-        + linear(f"{prefix}.merger.linear_fc1", merged, merged, bias=True)
-        + linear(f"{prefix}.merger.linear_fc2", merged, config.size("out_hidden_size"), bias=True),
-    )
+    """Qwen3-VL's tower without its DeepStack."""
+    values = {key: value for key, value in config.values.items() if key != "deepstack_visual_indexes"}
+    return vision_3(Config(values, config.defaults, config.aliases), prefix)

@@ -51,6 +51,7 @@ def read(config: Config, class_name: str | None) -> Architecture:
         dtype=dtype_of(config),
         head=head(config, kind, hidden),
         tied_head=kind == "ForConditionalGeneration",
+        logits_of_all_tokens=True,
     )
 
 

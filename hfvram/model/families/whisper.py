@@ -45,6 +45,7 @@ def read(config: Config, class_name: str | None) -> Architecture:
         dtype=dtype_of(config),
         head=linear("proj_out", hidden, vocab, kind="head") if generates and not tied else (),
         tied_head=tied,
+        logits_of_all_tokens=True,
         final_norm="layer",
     )
 
