@@ -68,9 +68,7 @@ def facts(model_type: str, kind: type[PreTrainedConfig], known: dict[str, Any]) 
     """Adds the facts of one type, and of the types in its sections."""
     if model_type in known:
         return
-    defaults = {
-        f.name: f.default for f in dataclasses.fields(kind) if plain(f.default) and not LEFT_OUT.search(f.name)
-    }
+    defaults = {f.name: f.default for f in dataclasses.fields(kind) if plain(f.default) and not LEFT_OUT.search(f.name)}
     if defaults.get("use_cache") is True:
         del defaults["use_cache"]
     known[model_type] = entry = {

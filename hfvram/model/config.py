@@ -21,7 +21,10 @@ class Config:
     __slots__ = ("aliases", "defaults", "values")
 
     def __init__(
-        self, values: Mapping[str, Any], defaults: Mapping[str, Any] | None = None, aliases: Mapping[str, str] | None = None
+        self,
+        values: Mapping[str, Any],
+        defaults: Mapping[str, Any] | None = None,
+        aliases: Mapping[str, str] | None = None,
     ) -> None:
         self.values = values
         self.defaults = defaults or {}
@@ -47,14 +50,14 @@ class Config:
         value = self.get(*names)
         if value is None:
             if default is None:
-                raise HfvramError("bad_config", f"config.json has no {names[0]}: the model's sizes can't be known without it")
+                raise _bad(f"has no {names[0]}: the model's sizes can't be known without it")
             return default
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise HfvramError("bad_config", f"config.json: {names[0]} is {printable(repr(value), 40)}, not a whole number")
+            raise _bad(f"has {_shown(value)} for {names[0]}, not a whole number")
         if not low <= value <= high:
-            raise HfvramError("bad_config", f"config.json: {names[0]} is {printable(str(value), 40)}, not between {low} and {high}")
+            raise _bad(f"has {_shown(value)} for {names[0]}, not a number between {low} and {high}")
         return value
 
     def layers(self, *names: str, default: int | None = None) -> int:
@@ -65,7 +68,7 @@ class Config:
         if value is None:
             return default
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise HfvramError("bad_config", f"config.json: {names[0]} is {printable(repr(value), 40)}, not a number")
+            raise _bad(f"has {_shown(value)} for {names[0]}, not a number")
         return float(value)
 
     def flag(self, *names: str, default: bool = False) -> bool:
@@ -73,7 +76,7 @@ class Config:
         if value is None:
             return default
         if not isinstance(value, (bool, int)):
-            raise HfvramError("bad_config", f"config.json: {names[0]} is {printable(repr(value), 40)}, not true or false")
+            raise _bad(f"has {_shown(value)} for {names[0]}, not true or false")
         return bool(value)
 
     def text(self, *names: str, default: str) -> str:
@@ -81,7 +84,7 @@ class Config:
         if value is None:
             return default
         if not isinstance(value, str):
-            raise HfvramError("bad_config", f"config.json: {names[0]} is {printable(repr(value), 40)}, not text")
+            raise _bad(f"has {_shown(value)} for {names[0]}, not text")
         return value
 
     def items(self, *names: str) -> list[Any] | None:
@@ -113,3 +116,14 @@ class Config:
         if size % parts:
             raise HfvramError("bad_config", f"config.json: {name} {size} can't be divided by {parts}")
         return size // parts
+
+
+def _shown(value: Any) -> str:
+    """A value as a message can quote it; a number too long to print is not printed."""
+    if isinstance(value, int) and abs(value) >= 1 << 64:
+        return f"a number of {value.bit_length()} bits"
+    return printable(repr(value), 40)
+
+
+def _bad(what: str) -> HfvramError:
+    return HfvramError("bad_config", f"config.json {what}")

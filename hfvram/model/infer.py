@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 from hfvram.errors import HfvramError, printable
 from hfvram.model.architecture import Architecture
@@ -11,7 +11,7 @@ from hfvram.model.families import reader
 from hfvram.model.families.defaults import type_of_class
 from hfvram.model.quantization import method
 
-UNKNOWN = "unknown_architecture"
+UNKNOWN: Final = "unknown_architecture"
 
 
 def infer(
@@ -46,10 +46,10 @@ def _type_by_class(config: Config) -> str:
     """The type of a configuration that names only the class to build."""
     named = config.strings("architectures") or []
     if not named:
-        raise HfvramError(UNKNOWN, "config.json has neither model_type nor architectures: there is no telling what it is")
+        raise HfvramError(UNKNOWN, "config.json has neither model_type nor architectures: it may be of any kind")
     model_type = type_of_class(named[0])
     if model_type is None:
-        raise HfvramError(UNKNOWN, f"{printable(named[0], 60)} is not a class that hfvram knows, and there is no model_type")
+        raise HfvramError(UNKNOWN, f"class {printable(named[0], 60)!r} is not known, and there is no model_type")
     return model_type
 
 
@@ -66,10 +66,8 @@ def _caches(config: Config, generation: Mapping[str, Any] | None) -> bool:
     """Whether `generate` keeps a cache: as the generation configuration says; without one, as the model's does."""
     if generation is not None:
         return generation.get("use_cache") is not False
-    if config.get("use_cache") is not None:
-        return config.flag("use_cache")
     text = config.section("text_config")
-    return text is None or text.flag("use_cache", default=True)
+    return (config if text is None else text).flag("use_cache", default=True)
 
 
 def _taken_for_granted(config: Config) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What a layer is made of. Each kind of mixer and of feed-forward is one small frozen dataclass: its sizes, its parameters.
+"""What a layer is made of. Each kind of mixer and of feed-forward is one small frozen dataclass: sizes and parameters.
 
 A new kind of layer is a dataclass here, a line where its family is read (`families/`), and its memory in
 `memory/`. Sizes are in elements, tokens or heads; bytes belong to `memory/`.
@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import ClassVar, Literal
 
-ParamKind = Literal["linear", "linear_subclass", "experts", "embedding", "head", "norm", "bias", "conv", "other", "buffer"]
+ParamKind = Literal[
+    "linear", "linear_subclass", "experts", "embedding", "head", "norm", "bias", "conv", "other", "buffer"
+]
 Activation = str  # transformers' ACT2FN names: "silu", "gelu", "gelu_new", "relu2", …
 
 
@@ -238,7 +240,8 @@ class ShortConv:
     params: tuple[Param, ...]
 
 
-Mixer = Attention | LatentAttention | CompressedAttention | Mamba1 | Mamba2 | GatedDeltaNet | RGLRU | LightningAttention | ShortConv
+Recurrent = Mamba1 | Mamba2 | GatedDeltaNet | RGLRU | LightningAttention | ShortConv
+Mixer = Attention | LatentAttention | CompressedAttention | Recurrent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,7 +279,7 @@ class MixtureOfExperts:
     fused_gate_up: bool = False
     """The shared expert's gate and up are one projection."""
     routing_fp32: bool = True
-    """The chosen experts' weights stay in fp32, and so do the weighted outputs; else they are cast to the model's dtype."""
+    """The chosen experts' weights stay in fp32, and so do the weighted outputs; else they are in the model's dtype."""
     expert_bias: bool = False
     every_token: bool = False
     """Each expert computes every token, weighted by zero where it isn't chosen (Llama 4)."""
@@ -291,7 +294,7 @@ class Layer:
     """One block of a stack, in the order in which data passes it."""
 
     mixers: tuple[Mixer, ...] = ()
-    """One as a rule; self and cross attention in a decoder with an encoder; attention and Mamba side by side (Falcon-H1)."""
+    """One as a rule; self and cross attention in a decoder with an encoder; attention beside Mamba (Falcon-H1)."""
     feed_forward: FeedForward | MixtureOfExperts | None = None
     norm: Literal["rms", "layer"] = "rms"
     norm_position: Literal["pre", "post", "both"] = "pre"

@@ -11,7 +11,8 @@ from typing import Any
 from hfvram.model.config import Config
 
 SECTIONS = ("text_config", "llm_config", "thinker_config", "language_config")
-SKIPPED = ("modules_to_not_convert", "llm_int8_skip_modules", "ignore", "ignored_layers", "exclude_modules", "skip_modules")
+SKIPPED = ("modules_to_not_convert", "llm_int8_skip_modules", "ignore", "ignored_layers", "exclude_modules")
+BITSANDBYTES = ("bitsandbytes", "bnb", "bitsandbytes_4bit", "bitsandbytes_8bit", "")
 FP8 = ("fp8", "fbgemm_fp8", "finegrained_fp8", "deepspeed_fp8")
 FIXED_BITS = {"eetq": 8, "bitnet": 2}
 
@@ -38,7 +39,7 @@ def method(values: Mapping[str, Any]) -> tuple[str | None, tuple[str, ...]]:
 
 def _name(section: Config) -> str | None:
     kind = section.text("quant_method", default="").lower()
-    if kind in ("bitsandbytes", "bnb", "bitsandbytes_4bit", "bitsandbytes_8bit", "") and _is_bitsandbytes(section, kind):
+    if kind in BITSANDBYTES and _is_bitsandbytes(section, kind):
         if section.flag("load_in_8bit", "_load_in_8bit") or kind == "bitsandbytes_8bit":
             return "int8"
         loaded = section.flag("load_in_4bit", "_load_in_4bit") or kind == "bitsandbytes_4bit"

@@ -25,7 +25,8 @@ def dtype_of(config: Config) -> str:
 def max_positions(config: Config) -> int | None:
     """Tokens that the model was made for."""
     high = 1 << 40
-    size = config.size("max_position_embeddings", "n_positions", "seq_length", "max_seq_len", default=0, low=-1, high=high)
+    names = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
+    size = config.size(*names, default=0, low=-1, high=high)
     return size if size > 0 else None
 
 
@@ -98,5 +99,6 @@ def layer_kinds(config: Config, layers: int, known: tuple[str, ...] = KINDS) -> 
         raise HfvramError("bad_config", f"config.json: layer_types names {len(kinds)} layers of {layers}")
     for kind in kinds[:layers]:
         if kind not in known:
-            raise HfvramError("unknown_architecture", f"layer kind {printable(kind, 40)!r} of {config.model_type} is not known")
+            what = f"layer kind {printable(kind, 40)!r} of {config.model_type}"
+            raise HfvramError("unknown_architecture", f"{what} is not known")
     return kinds[:layers]

@@ -71,6 +71,8 @@ def mixture(config: Config, hidden: int) -> MixtureOfExperts:
         top_k=config.size("moe_top_k", high=count),
         intermediate_size=width,
         activation=activation.text("name", default="silu"),
+        routing_fp32=False,
+        fused=False,
         params=linear("ffn.router.layer", hidden, count)
         + tuple(Param(f"ffn.experts.mlp.{name}", (count * width, hidden), "experts") for name in ("w1", "v1", "w2")),
     )

@@ -36,7 +36,9 @@ def stack(config: Config, prefix: str) -> Stack:
     def attend(config: Config, index: int) -> LatentAttention:
         return mixer(indexed[index])
 
-    return (llama if config.model_type == "minicpm3" else moe).stack(config, prefix, attend=attend)
+    if config.model_type == "minicpm3":
+        return llama.stack(config, prefix, attend=attend)
+    return moe.stack(config, prefix, attend)
 
 
 def indexers(config: Config, layers: int) -> list[bool]:

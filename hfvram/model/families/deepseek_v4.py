@@ -86,7 +86,8 @@ def hash_layers(config: Config, layers: int) -> list[bool]:
     if len(kinds) < layers:
         raise HfvramError("bad_config", f"config.json: mlp_layer_types names {len(kinds)} layers of {layers}")
     if strange := set(kinds) - {"hash_moe", "moe"}:
-        raise HfvramError("unknown_architecture", f"layer kind {printable(min(strange), 40)!r} of deepseek_v4 is not known")
+        what = printable(min(strange), 40)
+        raise HfvramError("unknown_architecture", f"layer kind {what!r} of deepseek_v4 is not known")
     return [kind == "hash_moe" for kind in kinds[:layers]]
 
 
@@ -132,7 +133,8 @@ def attention(config: Config, hidden: int, kind: Kind) -> CompressedAttention:
         params += compressor(indexer, hidden, index_dim, rate, 2)
         params += linear(f"{indexer}.q_b_proj", rank, index_heads * index_dim)
         params += linear(f"{indexer}.scorer.weights_proj", hidden, index_heads)
-    factor = config.number("partial_rotary_factor", default=config.size("qk_rope_head_dim", default=0, low=0) / dim or 0.125)
+    rotary_dim = config.size("qk_rope_head_dim", default=0, low=0)
+    factor = config.number("partial_rotary_factor", default=rotary_dim / dim or 0.125)
     return CompressedAttention(
         kind=kind,
         hidden_size=hidden,

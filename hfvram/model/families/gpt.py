@@ -16,8 +16,8 @@ from hfvram.model.families.common import causal_head, dtype_of, max_positions, r
 from hfvram.model.families.defaults import class_of, known, prefix_of
 from hfvram.model.layers import FeedForward, Layer, Param, Rotary, linear, norm
 
-EAGER = {"implementations": ("eager",)}
-EAGER_OR_FLASH = {"implementations": ("eager", "flash_attention_2")}
+EAGER: dict[str, Any] = {"implementations": ("eager",)}
+EAGER_OR_FLASH: dict[str, Any] = {"implementations": ("eager", "flash_attention_2")}
 
 
 class Decoder(NamedTuple):
@@ -158,7 +158,8 @@ def gptj(config: Config, hidden: int) -> Decoder:
     rotary_dim = config.size("rotary_dim", default=hidden, low=0) or hidden
     table = Param("attn.embed_positions", (positions_of(config), rotary_dim), "buffer", "fp32")
     # The whole width is the rotary table's where `rotary_dim` is null, but each head turns its own size.
-    style: dict[str, Any] = {"rotary": Rotary(dim=min(rotary_dim, sizes["head_dim"]), style="interleaved"), "extra": (table,)}
+    turned = Rotary(dim=min(rotary_dim, sizes["head_dim"]), style="interleaved")
+    style: dict[str, Any] = {"rotary": turned, "extra": (table,)}
     if config.model_type == "gptj":
         attention = blocks.attention(
             "attn",
@@ -169,7 +170,8 @@ def gptj(config: Config, hidden: int) -> Decoder:
             **EAGER_OR_FLASH,
         )
     else:
-        attention = blocks.fused_attention("attn", hidden, **sizes, projections=("qkv_proj", "out_proj"), **style, **EAGER)
+        fused = ("qkv_proj", "out_proj")
+        attention = blocks.fused_attention("attn", hidden, **sizes, projections=fused, **style, **EAGER)
     feed = blocks.mlp(
         "mlp.fc_in", "mlp.fc_out", hidden, inner(config, hidden), config.text("activation_function", default="gelu_new")
     )
@@ -189,9 +191,8 @@ def gpt_neox(config: Config, hidden: int) -> Decoder:
         projections=("query_key_value", "dense"),
         rotary=rotary(config, sizes["head_dim"], 0.25),
     )
-    feed = blocks.mlp(
-        "mlp.dense_h_to_4h", "mlp.dense_4h_to_h", hidden, inner(config, hidden), config.text("hidden_act", default="gelu")
-    )
+    activation = config.text("hidden_act", default="gelu")
+    feed = blocks.mlp("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", hidden, inner(config, hidden), activation)
     block = layer(
         attention,
         feed,
@@ -252,7 +253,7 @@ def bloom(config: Config, hidden: int) -> Decoder:
 
 
 def falcon(config: Config, hidden: int) -> Decoder:
-    """Falcon-7B shares one key and value head; the new decoder (40B, 180B) has groups of them and a norm for each branch."""
+    """Falcon-7B shares one key and value head; the new decoder (40B, 180B) has groups, and a norm for each branch."""
     sizes, bias = heads_of(config, hidden), config.flag("bias")
     new, parallel = config.flag("new_decoder_architecture"), config.flag("parallel_attn", default=True)
     alibi = config.flag("alibi")

@@ -55,16 +55,17 @@ def tower(config: Config, prefix: str) -> Stack:
         rotary=Rotary(dim=head_dim),
         **ENCODER,
     )
-    feed = blocks.mlp(
-        "mlp.fc1", "mlp.fc2", hidden, config.size("intermediate_size"), config.text("hidden_act", default="gelu_pytorch_tanh")
-    )
+    activation = config.text("hidden_act", default="gelu_pytorch_tanh")
+    feed = blocks.mlp("mlp.fc1", "mlp.fc2", hidden, config.size("intermediate_size"), activation)
     grid = (config.size("pos_emb_height", "init_pos_emb_height"), config.size("pos_emb_width", "init_pos_emb_width"))
     return Stack(
         name="vision",
         prefix=f"{prefix}layers",
         hidden_size=hidden,
-        before=blocks.convolution(f"{prefix}patch_embed.proj", hidden, 3, patch, patch)
-        + (Param(f"{prefix}patch_embed.pos_emb.position_embeddings", (*grid, hidden), "other"),),
+        before=(
+            *blocks.convolution(f"{prefix}patch_embed.proj", hidden, 3, patch, patch),
+            Param(f"{prefix}patch_embed.pos_emb.position_embeddings", (*grid, hidden), "other"),
+        ),
         layers=(encoder_layer(attention, feed, "norm1", "norm2"),) * config.layers("num_hidden_layers"),
         after=norm(f"{prefix}final_layernorm", hidden, True),
     )

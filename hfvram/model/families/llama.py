@@ -5,6 +5,7 @@ What each type does differently is in `styles.py`. Source: transformers 5.17, mo
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.config import Config
@@ -94,7 +95,7 @@ def attention(config: Config, style: Style, hidden: int, window: int | None, rot
     partial = rotary(config, head_dim, style.rotary_factor)
     qk_norm = style.qk_norm if flag(config, style.qk_norm_if) else None
     sinks = config.model_type == "gpt_oss"
-    facts = {
+    facts: dict[str, Any] = {
         "kind": "sliding_attention" if window else "full_attention",
         "window": window,
         "causal": not config.flag("use_bidirectional_attention"),

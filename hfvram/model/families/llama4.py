@@ -3,8 +3,6 @@
 Source: transformers 5.17, models/llama4/{modeling, configuration}_llama4.py.
 """
 
-from dataclasses import replace
-
 from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.config import Config
 from hfvram.model.families import blocks, llama
@@ -85,6 +83,7 @@ def mixture(config: Config, hidden: int) -> MixtureOfExperts:
         shared_intermediate_size=width,
         activation=config.text("hidden_act", default="silu"),
         every_token=True,
+        routing_fp32=False,
         params=(
             Param("feed_forward.experts.gate_up_proj", (count, hidden, 2 * width), "experts"),
             Param("feed_forward.experts.down_proj", (count, width, hidden), "experts"),
@@ -95,7 +94,8 @@ def mixture(config: Config, hidden: int) -> MixtureOfExperts:
 
 
 def tower(config: Config, prefix: str) -> Stack:
-    hidden, heads, patch = config.size("hidden_size"), config.size("num_attention_heads"), image_size(config, "patch_size")
+    hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
+    patch = image_size(config, "patch_size")
     head_dim = config.divided("hidden_size", hidden, heads)
     tokens = (image_size(config, "image_size") // patch) ** 2 + 1
     attention = blocks.attention(
@@ -115,9 +115,7 @@ def tower(config: Config, prefix: str) -> Stack:
             *norm(f"{prefix}layernorm_pre", hidden, True),
             *norm(f"{prefix}layernorm_post", hidden, True),
         ),
-        layers=(
-            replace(encoder_layer(attention, feed, "input_layernorm", "post_attention_layernorm"), norm_position="pre"),
-        )
+        layers=(encoder_layer(attention, feed, "input_layernorm", "post_attention_layernorm"),)
         * config.layers("num_hidden_layers"),
         after=linear(f"{adapter}.fc1", config.size("intermediate_size"), config.size("projector_input_dim"))
         + linear(f"{adapter}.fc2", wide, wide),

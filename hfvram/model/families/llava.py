@@ -39,4 +39,5 @@ def projector(config: Config, vision: Config, text: Config, name: str) -> tuple[
     if config.model_type == "mistral3":
         merge = config.size("spatial_merge_size", default=2)
         merged = norm(f"{name}.norm", wide) + linear(f"{name}.patch_merger.merging_layer", wide * merge**2, wide)
-    return merged + linear(f"{name}.linear_1", features, hidden, bias) + linear(f"{name}.linear_2", hidden, hidden, bias)
+    joined = linear(f"{name}.linear_1", features, hidden, bias) + linear(f"{name}.linear_2", hidden, hidden, bias)
+    return merged + joined

@@ -76,7 +76,8 @@ def cross_layer(config: Config, hidden: int) -> Layer:
 
 def towers(config: Config, prefix: str) -> tuple[Stack, Stack]:
     """The encoder of the image's tiles, and the gated one over all of them."""
-    hidden, heads, patch = config.size("hidden_size"), config.size("attention_heads"), image_size(config, "patch_size")
+    hidden, heads = config.size("hidden_size"), config.size("attention_heads")
+    patch = image_size(config, "patch_size")
     tokens = (image_size(config, "image_size") // patch) ** 2 + 1
     tiles = config.size("max_num_tiles")
     ratios = len(config.items("supported_aspect_ratios") or [()] * 8) + 1

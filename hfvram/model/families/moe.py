@@ -65,13 +65,14 @@ def shared_experts(config: Config) -> int:
 DEEPSEEK = Experts(
     width="moe_intermediate_size",
     router_fp32=True,
+    routing_fp32=True,
     shared="shared_experts",
     shared_width=shared_experts,
     sparse=first_dense,
 )
 EXPERTS: dict[str, Experts] = {
-    "mixtral": Experts(),
-    "minimax_m2": Experts(),
+    "mixtral": Experts(routing_fp32=True),
+    "minimax_m2": Experts(routing_fp32=True),
     "olmoe": Experts(routing_fp32=False),
     "qwen3_moe": Experts(routing_fp32=False, width="moe_intermediate_size", sparse=_qwen),
     "qwen3_vl_moe_text": Experts(width="moe_intermediate_size", sparse=_qwen),
@@ -99,7 +100,7 @@ EXPERTS: dict[str, Experts] = {
     "deepseek_v2": DEEPSEEK,
     "deepseek_v3": DEEPSEEK,
     "deepseek_v32": DEEPSEEK,
-    "deepseek_v4": replace(DEEPSEEK, router_fp32=False, sparse=lambda config, index: True),
+    "deepseek_v4": replace(DEEPSEEK, router_fp32=False, routing_fp32=False, sparse=lambda config, index: True),
     "ernie4_5_moe": Experts(
         width="moe_intermediate_size",
         router_fp32=True,
@@ -133,7 +134,7 @@ def mixture_of_experts(config: Config, layout: Experts, hidden: int) -> MixtureO
     count = config.size(*COUNT)
     width, shared = config.size(layout.width), layout.shared_width(config)
     experts, router = f"{layout.module}.experts", f"{layout.module}.{layout.router}"
-    params = (Param(f"{router}.weight", (count, hidden), layout.router_kind),)
+    params: tuple[Param, ...] = (Param(f"{router}.weight", (count, hidden), layout.router_kind),)
     if config.model_type == "gpt_oss":
         params += (
             Param(f"{router}.bias", (count,), "bias"),

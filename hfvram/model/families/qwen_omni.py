@@ -37,8 +37,9 @@ def read(config: Config, class_name: str | None) -> Architecture:
         return architecture
     # The thinker's head is built before the talker: it ends the text stack.
     thinking = replace(stacks[-1], after=stacks[-1].after + architecture.head)
-    talking = (talker(section(config, "talker_config"), "talker."), speech(section(config, "token2wav_config"), "token2wav."))
-    return replace(architecture, stacks=(*stacks[:-1], thinking, *talking), head=())
+    talking = talker(section(config, "talker_config"), "talker.")
+    sound = speech(section(config, "token2wav_config"), "token2wav.")
+    return replace(architecture, stacks=(*stacks[:-1], thinking, talking, sound), head=())
 
 
 def hearing(config: Config, prefix: str) -> Stack:

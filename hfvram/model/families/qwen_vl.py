@@ -4,6 +4,7 @@ Source: transformers 5.17, models/{qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe}
 """
 
 from dataclasses import replace
+from typing import Any
 
 from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.config import Config
@@ -35,7 +36,8 @@ def text_config(config: Config) -> Config:
 def patches(config: Config, name: str, hidden: int, bias: bool) -> tuple[Param, ...]:
     """The convolution that makes an embedding of each patch in space and time."""
     patch, frames = image_size(config, "patch_size"), image_size(config, "temporal_patch_size")
-    return blocks.convolution(f"{name}.proj", hidden, config.size("in_channels", "in_chans"), frames, patch, patch, bias=bias)
+    channels = config.size("in_channels", "in_chans")
+    return blocks.convolution(f"{name}.proj", hidden, channels, frames, patch, patch, bias=bias)
 
 
 def vision_2(config: Config, prefix: str) -> Stack:
@@ -70,9 +72,10 @@ def vision_2_5(config: Config, prefix: str, fused: bool = True) -> Stack:
     """Windows of patches but in a few layers; Qwen2.5-Omni has its projections apart (`fused` false)."""
     hidden, heads = config.size("hidden_size"), config.size("num_heads")
     head_dim = config.divided("hidden_size", hidden, heads)
-    style = {"rotary": Rotary(dim=head_dim), **ENCODER}
+    style: dict[str, Any] = {"rotary": Rotary(dim=head_dim), **ENCODER}
     if fused:
-        attention = blocks.fused_attention("attn", hidden, heads, head_dim, bias=True, projections=("qkv", "proj"), **style)
+        names = ("qkv", "proj")
+        attention = blocks.fused_attention("attn", hidden, heads, head_dim, bias=True, projections=names, **style)
     else:
         attention = blocks.attention(
             "attn", hidden, heads, head_dim, bias=True, projections=("q", "k", "v", "proj"), **style

@@ -5,7 +5,7 @@ A flag that the configuration decides is given by its key. Source: transformers 
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from hfvram.model.config import Config
 from hfvram.model.families.common import layer_kinds
@@ -92,7 +92,7 @@ _SANDWICH = (
     "post_feedforward_layernorm",
 )
 _AFTER = ("post_attention_layernorm", "post_feedforward_layernorm")
-_ATTENTION = {"bias": "attention_bias", "out_bias": "attention_bias"}
+_ATTENTION: dict[str, Any] = {"bias": "attention_bias", "out_bias": "attention_bias"}
 _LLAMA = Style(bias="attention_bias", out_bias="attention_bias", mlp_bias="mlp_bias")
 _MISTRAL = Style()
 _QWEN2 = Style(bias=True, window_if="use_sliding_window", sliding=_from_layer)
@@ -131,7 +131,11 @@ STYLES: dict[str, Style] = {
     "olmo2": Style(**_ATTENTION, qk_norm="full", norms=_AFTER, norm_position="post"),
     "olmo3": Style(**_ATTENTION, qk_norm="full", norms=_AFTER, norm_position="post", sliding=_every(4)),
     "exaone4": Style(
-        qk_norm="head", norms=_AFTER, norm_position="post", rope_on="sliding", sliding=_every(4, "sliding_window_pattern")
+        qk_norm="head",
+        norms=_AFTER,
+        norm_position="post",
+        rope_on="sliding",
+        sliding=_every(4, "sliding_window_pattern"),
     ),
     "gemma": Style(**_ATTENTION),
     "gemma2": Style(**_ATTENTION, norms=_SANDWICH, norm_position="both", softcap=True, sliding=_every(2)),
@@ -215,7 +219,7 @@ STYLES: dict[str, Style] = {
     "granitemoeshared": Style(**_ATTENTION),
     "gpt_oss": Style(**_ATTENTION, sliding=_every(2)),
     "glm4_moe": Style(bias="attention_bias", qk_norm="head", qk_norm_if="use_qk_norm", rotary_factor=0.5),
-    "ernie4_5_moe": Style(bias="use_bias", out_bias="use_bias", mlp_bias="use_bias", rope="interleaved", head_bias="use_bias"),
+    "ernie4_5_moe": replace(_ERNIE, head_bias="use_bias"),
     # Text models inside of others (`multimodal.py`).
     "glm4v_text": replace(_GLM4, bias=True),
     "glm4v_moe_text": Style(bias="attention_bias", rotary_factor=0.5),

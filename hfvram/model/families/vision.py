@@ -4,6 +4,7 @@ Source: transformers 5.17, models/{clip, siglip, pixtral}/modeling_*.py.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from hfvram.errors import HfvramError, printable
 from hfvram.model.architecture import Stack
@@ -11,7 +12,7 @@ from hfvram.model.config import Config
 from hfvram.model.families import blocks
 from hfvram.model.layers import Attention, FeedForward, Layer, Param, Rotary, linear, norm
 
-ENCODER = {"causal": False, "cached": False}
+ENCODER: dict[str, Any] = {"causal": False, "cached": False}
 """Style of attention that sees everything and keeps nothing."""
 
 
@@ -65,10 +66,14 @@ def clip(config: Config, prefix: str) -> Stack:
         name="vision",
         prefix=f"{prefix}encoder.layers",
         hidden_size=hidden,
-        before=(Param(f"{embeddings}.class_embedding", (hidden,), "other"),)
-        + blocks.convolution(f"{embeddings}.patch_embedding", hidden, config.size("num_channels"), patch, patch, bias=False)
-        + blocks.embedding(f"{embeddings}.position_embedding", patches + 1, hidden)
-        + norm(f"{prefix}pre_layrnorm", hidden, True),
+        before=(
+            Param(f"{embeddings}.class_embedding", (hidden,), "other"),
+            *blocks.convolution(
+                f"{embeddings}.patch_embedding", hidden, config.size("num_channels"), patch, patch, bias=False
+            ),
+            *blocks.embedding(f"{embeddings}.position_embedding", patches + 1, hidden),
+            *norm(f"{prefix}pre_layrnorm", hidden, True),
+        ),
         layers=(clip_like(config),) * config.layers("num_hidden_layers"),
         after=norm(f"{prefix}post_layernorm", hidden, True),
     )
