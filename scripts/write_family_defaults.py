@@ -54,6 +54,8 @@ def classes(model_type: str) -> dict[str, str]:
         found += [n for n in ((names,) if isinstance(names, str) else names) if n not in found]
     # A wrapper's bare class ends its list, so that what is built by default generates.
     found.sort(key=lambda n: n.endswith("Model") and not n.endswith("LMHeadModel"))
+    if "text_config" in CONFIG_MAPPING.get(model_type, PreTrainedConfig).sub_configs:
+        found.sort(key=lambda n: not n.endswith("ForConditionalGeneration"))  # the whole before its text model
     return {n: prefix(n) for n in found if hasattr(transformers, n)}
 
 
