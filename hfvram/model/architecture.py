@@ -63,8 +63,12 @@ class Architecture:
     """False where the model's generation configuration says `use_cache: false` (MPT)."""
     logits_of_all_tokens: bool = False
     """The class has no `logits_to_keep`: a prefill computes the logits of every token."""
+    fp32_in_fp16: tuple[str, ...] = ()
+    """Modules whose weights `from_pretrained` keeps in fp32 where the rest is loaded in fp16 (T5's `wo`)."""
     quantization: str | None = None
     """The checkpoint's own: `fp8`, `gptq-4`, `awq-4`, `nf4`, `int8`, `mxfp4`, `nvfp4`…"""
+    stored_sizes: tuple[int, ...] = ()
+    """Bytes of each stored tensor that is loaded, where a quantized checkpoint's headers were read."""
     unquantized: tuple[str, ...] = ()
     """Parts of module names that the checkpoint's quantization leaves alone."""
     warnings: tuple[str, ...] = ()

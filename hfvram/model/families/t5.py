@@ -52,6 +52,7 @@ def read(config: Config, class_name: str | None) -> Architecture:
         head=head(config, kind, hidden),
         tied_head=kind == "ForConditionalGeneration",
         logits_of_all_tokens=True,
+        fp32_in_fp16=("wo",),
     )
 
 
