@@ -3,6 +3,7 @@
 from hfvram.errors import HfvramError
 from hfvram.memory.attention import implementation
 from hfvram.memory.forward import Forward
+from hfvram.memory.weights import DEQUANTIZED, packed_bits
 from hfvram.model.architecture import Architecture
 from hfvram.model.layers import Attention
 from hfvram.request import CHOICES, Request
@@ -29,6 +30,10 @@ def resolve(architecture: Architecture, request: Request) -> tuple[Request, list
         raise HfvramError("usage", f"--new-tokens {new} leaves no prompt in --ctx {ctx}: valid are 1 to {ctx - 1}")
     dtype = architecture.dtype if request.dtype == "auto" else request.dtype
     own = architecture.quantization or "none"
+    if own != "none" and request.quant not in ("auto", "none", own):
+        raise HfvramError("usage", f"--quant {request.quant}: the checkpoint is {own} already, valid are auto and none")
+    if request.quant == "auto" and own != "none":
+        warnings.append(_quantized(own))
     attention = _attention(architecture, request)
     if attention != request.attention:
         warnings.append(f"{architecture.class_name} can't run --attention {request.attention}: {attention} runs instead")
@@ -43,6 +48,15 @@ def resolve(architecture: Architecture, request: Request) -> tuple[Request, list
         gpus=1,
         method="guide" if request.method == "guide" else "formula",
     ), warnings
+
+
+def _quantized(method: str) -> str:
+    """What is assumed of a checkpoint that is quantized already. Raises `usage` for a method of unknown size."""
+    if method in DEQUANTIZED:
+        return f"{method} weights count as transformers loads them without kernels for them: in the computing dtype"
+    if packed_bits(method) is None and method not in ("nf4", "fp4", "int8"):
+        raise HfvramError("usage", f"quantization {method} is not supported yet: --quant none answers for the model in its own dtype")
+    return f"the checkpoint is {method}: weights as stored, without what its kernels need for a moment"
 
 
 def _attention(architecture: Architecture, request: Request) -> str:

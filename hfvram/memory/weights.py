@@ -1,5 +1,6 @@
 """Weights and buffers as they stand on the GPU, in the order in which the model is built."""
 
+import re
 from functools import lru_cache
 
 from hfvram.memory.forward import ELEMENT_BYTES
@@ -7,14 +8,52 @@ from hfvram.memory.timeline import Standing, Tag
 from hfvram.model.architecture import Architecture
 from hfvram.model.layers import Param
 
+BNB = "bitsandbytes 0.49: functional.py quantize_4bit, int8_vectorwise_quant"
 WEIGHTS = Tag("weights", "weights", "P·e", "the model's own tensors", "exact")
-QUANTIZED = Tag("weights, quantized", "weights", "", "bitsandbytes 0.49: Params4bit, Int8Params", "exact")
-SCALES = Tag("quantization scales", "weights", "", "bitsandbytes 0.49: functional.py quantize_4bit, int8_vectorwise_quant", "exact")
+STORED = Tag("weights as stored", "weights", "the sizes in the safetensors headers", "safetensors headers", "exact")
+QUANTIZED = Tag("weights, quantized", "weights", "", BNB, "exact")
+SCALES = Tag("quantization scales", "weights", "", BNB, "exact")
+PACKED = Tag("weights, packed", "weights", "bits of the method for each weight", "GPTQ, AWQ, compressed-tensors, ModelOpt: their stored formats", "derived")
 BUFFERS = Tag("buffers", "buffers", "", "the model's own tensors", "exact")
 
 LINEAR = ("linear", "linear_subclass")
-BLOCK = 64
-NESTED_BLOCK = 256
+BLOCK, NESTED_BLOCK = 64, 256
+GROUP = 128
+DEQUANTIZED = ("mxfp4",)
+"""Formats that transformers turns into the model's dtype while loading, unless kernels for them are installed."""
+
+
+def packed_bits(method: str) -> float | None:
+    """Bits that one weight takes with its scales, None where the method's name does not tell.
+
+    FP8: a byte and fp32 for a block of 128 × 128; NVFP4: 4 bits and a byte for 16; integers of n bits: fp16 scale and
+    an n-bit zero point for a group of 128 (GPTQ, arXiv 2210.17323; AWQ, arXiv 2306.00978).
+
+    >>> packed_bits("gptq-4"), packed_bits("fp8"), packed_bits("nvfp4")
+    (4.15625, 8.001953125, 4.5)
+    """
+    if method in ("fp8", "nvfp4"):
+        return {"fp8": 8 + 32 / GROUP**2, "nvfp4": 4 + 8 / 16}[method]
+    if found := re.search(r"-(\d+)$", method):
+        bits = int(found[1])
+        return bits + (16 + bits) / GROUP if bits < 8 else bits + 16 / GROUP
+    return None
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a pattern of a quantization's exceptions names a module on the parameter's path: whole parts of it,
+    with `*` as a wildcard, or a regular expression after `re:`.
+
+    >>> matches("model.layers.0.mlp.gate.weight", "gate"), matches("model.layers.0.mlp.experts.gate_up_proj", "gate")
+    (True, False)
+    """
+    if pattern.startswith("re:"):
+        try:
+            return re.match(pattern[3:], name) is not None
+        except re.error:
+            return False
+    parts = re.escape(pattern).replace(r"\*", ".*")
+    return re.search(rf"(^|\.){parts}(\.|$)", name) is not None
 
 
 def param_bytes(param: Param, dtype: str, quant: str, double_quant: bool) -> tuple[tuple[int, Tag], ...]:
@@ -22,7 +61,7 @@ def param_bytes(param: Param, dtype: str, quant: str, double_quant: bool) -> tup
 
     bitsandbytes quantizes `nn.Linear` alone, never the head: 4 bits with one scale for 64 weights (fp32, or with double
     quantization one byte and fp32 for 256 of them), or int8 with fp32 for each row.
-    Source: QLoRA, arXiv 2305.14314, section 3; LLM.int8(), arXiv 2208.07339; measured exactly (truth, nf4 and int8).
+    Source: QLoRA, arXiv 2305.14314, section 3; LLM.int8(), arXiv 2208.07339; measured exactly (nf4 and int8 cases).
     """
     n = param.numel
     if param.kind in LINEAR and quant in ("nf4", "fp4"):
@@ -31,11 +70,24 @@ def param_bytes(param: Param, dtype: str, quant: str, double_quant: bool) -> tup
         return (((n + 1) // 2, QUANTIZED), *((s, SCALES) for s in scales), (16 * 4, SCALES))
     if param.kind in LINEAR and quant == "int8":
         return ((n, QUANTIZED), (param.shape[0] * 4, SCALES))
+    bits = packed_bits(quant)
+    if bits and quant not in DEQUANTIZED and param.kind in (*LINEAR, "experts") and len(param.shape) > 1:
+        return ((int(n * bits / 8), PACKED),)
     nbytes = n * ELEMENT_BYTES.get(param.dtype or dtype, 1)
     return ((nbytes, BUFFERS if param.kind == "buffer" else WEIGHTS),)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def standing(architecture: Architecture, dtype: str, quant: str, double_quant: bool) -> Standing:
-    """Every tensor that stands before the first token."""
-    return Standing(tuple(x for p in architecture.all_params for x in param_bytes(p, dtype, quant, double_quant)))
+    """Every tensor that stands before the first token.
+
+    Where the checkpoint is quantized and its headers are known, those are its tensors, byte for byte.
+    """
+    if architecture.stored_sizes and quant == architecture.quantization and quant not in DEQUANTIZED:
+        return Standing(tuple((n, STORED) for n in architecture.stored_sizes))
+    skipped = architecture.unquantized if quant == architecture.quantization else ()
+    tensors = []
+    for param in architecture.all_params:
+        left = any(matches(param.name, pattern) for pattern in skipped)
+        tensors += param_bytes(param, dtype, "none" if left else quant, double_quant)
+    return Standing(tuple(tensors))

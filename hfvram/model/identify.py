@@ -1,7 +1,6 @@
 """`Checkpoint` → `Model`: the architecture, and how many parameters it has by which source."""
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from hfvram.errors import HfvramError
 from hfvram.model.architecture import Architecture, Counted
@@ -20,8 +19,6 @@ class Model:
     architecture: Architecture
     parameters: int
     parameters_from: Counted
-    stored_bytes: int | None
-    """Bytes that the files hold of it, packed words and scales as they are; None where no header was read."""
     warnings: tuple[str, ...]
 
 
@@ -38,17 +35,16 @@ def identify(checkpoint: Checkpoint, architecture: Architecture | None = None) -
     The headers' count leads where there is one; a closed form that disagrees is a warning. Raises `bad_config` and
     `unknown_architecture`.
     """
-    architecture = architecture or infer(checkpoint.config)
-    if not generates_cache(checkpoint):
-        architecture = replace(architecture, generates_cache=False)
+    architecture = architecture or infer(checkpoint.config, generation=checkpoint.generation_config)
     warnings = [*checkpoint.warnings, *architecture.warnings]
     source: Counted = "closed form"
-    parameters, stored_bytes = architecture.parameters, None
+    parameters = architecture.parameters
     by_dtype = checkpoint.parameters_by_dtype
     if checkpoint.tensors is not None:
         stored = count(checkpoint.tensors, architecture)
-        stored_bytes = stored.nbytes
         source = "headers"
+        if architecture.quantization:
+            architecture = replace(architecture, stored_sizes=stored.sizes)
         if stored.beyond:
             warnings.append(f"{stored.beyond:,} stored parameters are of layers that the model does not build (left out)")
         if stored.parameters != parameters:
@@ -61,25 +57,18 @@ def identify(checkpoint: Checkpoint, architecture: Architecture | None = None) -
         source = "catalogue" if checkpoint.source == "catalogue" else "headers"
     elif by_dtype and checkpoint.source == "catalogue":
         raise HfvramError("bad_config", f"the catalogue's count of {checkpoint.id} is not that of its configuration")
-    return Model(checkpoint, _stored_dtype(checkpoint, architecture), parameters, source, stored_bytes, tuple(warnings))
-
-
-def generates_cache(checkpoint: Checkpoint) -> bool:
-    """Whether `generate()` keeps a cache: the generation configuration says so, or where there is none, the text model's.
-
-    Source: transformers 5.17, GenerationConfig.from_model_config.
-    """
-    said: Any = checkpoint.generation_config
-    if said is None:
-        nested = checkpoint.config.get("text_config")
-        said = nested if isinstance(nested, dict) and "use_cache" in nested else checkpoint.config
-    return said.get("use_cache") is not False
+    return Model(checkpoint, _stored_dtype(checkpoint, architecture), parameters, source, tuple(warnings))
 
 
 def _stored_dtype(checkpoint: Checkpoint, architecture: Architecture) -> Architecture:
-    """The dtype of most stored elements, where the configuration names none (`from_pretrained(dtype="auto")`)."""
-    if any(checkpoint.config.get(k) for k in ("dtype", "torch_dtype", "text_config")) or architecture.quantization:
+    """The dtype where the configuration names none: of most stored elements, or what a quantized model computes in.
+
+    Source: transformers 5.17, modeling_utils.py (`dtype="auto"`) and quantizers/*.py `update_dtype`.
+    """
+    if any(checkpoint.config.get(k) for k in ("dtype", "torch_dtype", "text_config")):
         return architecture
+    if method := architecture.quantization:
+        return replace(architecture, dtype="fp16" if method.startswith(("gptq", "awq", "int8")) else "bf16")
     counts = dict(checkpoint.parameters_by_dtype or {})
     for tensor in checkpoint.tensors or ():
         counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.nbytes

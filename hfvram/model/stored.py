@@ -25,8 +25,8 @@ class Stored:
 
     parameters: int
     beyond: int
-    nbytes: int
-    """Bytes of what is loaded, scales and packed words as they are stored."""
+    sizes: tuple[int, ...]
+    """Bytes of each tensor that is loaded, scales and packed words as they are stored."""
 
 
 def count(tensors: Iterable[StoredTensor], architecture: Architecture) -> Stored:
@@ -39,7 +39,8 @@ def count(tensors: Iterable[StoredTensor], architecture: Architecture) -> Stored
     layers = max((len(s.layers) for s in architecture.stacks), default=0)
     tensors = list(tensors)
     names = {t.name for t in tensors}
-    parameters = beyond = nbytes = 0
+    parameters = beyond = 0
+    sizes = []
     for tensor in tensors:
         leaf = tensor.name.rpartition(".")[2]
         layer = _LAYER.search(tensor.name)
@@ -48,10 +49,10 @@ def count(tensors: Iterable[StoredTensor], architecture: Architecture) -> Stored
             continue
         if _is_copy(tensor.name, names, architecture):
             continue
-        nbytes += tensor.nbytes
+        sizes.append(tensor.nbytes)
         if not _NOT_PARAMETERS.search(tensor.name):
             parameters += _elements(tensor, leaf, bits)
-    return Stored(parameters, beyond, nbytes)
+    return Stored(parameters, beyond, tuple(sizes))
 
 
 def _elements(tensor: StoredTensor, leaf: str, bits: int) -> int:
