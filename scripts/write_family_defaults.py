@@ -46,6 +46,12 @@ def plain(value: Any) -> bool:
     return isinstance(value, (bool, int, float, str)) and value != ""
 
 
+def config_class(model_type: str, default: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """The configuration class of a type (the mapping's own `get` doesn't load it)."""
+    found: type[PreTrainedConfig] = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else default
+    return found
+
+
 def classes(model_type: str) -> dict[str, str]:
     """Classes that transformers builds from this type, the default first, each with its base model's prefix."""
     found: list[str] = []
@@ -54,7 +60,7 @@ def classes(model_type: str) -> dict[str, str]:
         found += [n for n in ((names,) if isinstance(names, str) else names) if n not in found]
     # A wrapper's bare class ends its list, so that what is built by default generates.
     found.sort(key=lambda n: n.endswith("Model") and not n.endswith("LMHeadModel"))
-    if "text_config" in CONFIG_MAPPING.get(model_type, PreTrainedConfig).sub_configs:
+    if "text_config" in config_class(model_type, PreTrainedConfig).sub_configs:
         found.sort(key=lambda n: not n.endswith("ForConditionalGeneration"))  # the whole before its text model
     return {n: prefix(n) for n in found if hasattr(transformers, n)}
 
@@ -92,7 +98,7 @@ def facts(model_type: str, kind: type[PreTrainedConfig], known: dict[str, Any]) 
             continue
         # A section whose class shares its type with another (or has none) is known by its place.
         own = nested.model_type
-        if not own or own == model_type or CONFIG_MAPPING.get(own, type(nested)) is not type(nested):
+        if not own or own == model_type or config_class(own, type(nested)) is not type(nested):
             own = f"{model_type}.{name}"
         facts(own, type(nested), known)
         base = known[own]["defaults"]
