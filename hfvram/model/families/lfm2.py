@@ -76,8 +76,6 @@ def width(config: Config) -> int:
     if config.model_type == "lfm2_moe" or not config.flag("block_auto_adjust_ff_dim"):
         return config.size("intermediate_size") if config.model_type == "lfm2_moe" else given
     given = int(2 * given / 3)
-    if "block_ffn_dim_multiplier" in config.values and config.get("block_ffn_dim_multiplier") is None:
-        return given
     multiple = config.size("block_multiple_of")
     return -(-int(config.number("block_ffn_dim_multiplier", default=1.0) * given) // multiple) * multiple
 
