@@ -93,7 +93,7 @@ ZAMBA2 = {
     "num_mem_blocks": 2,
     "intermediate_size": 14336,
     "use_mem_rope": True,
-    "layers_block_type": ["hybrid" if i in (6, 11, *range(17, 78, 6), 77) and i <= 77 else "mamba" for i in range(81)],
+    "layers_block_type": ["hybrid" if i in (6, *range(11, 78, 6)) else "mamba" for i in range(81)],
 }
 
 COUNTS = [
@@ -104,6 +104,7 @@ COUNTS = [
     (JAMBA, 51_570_323_328),  # ai21labs/AI21-Jamba-1.5-Mini
     (RECURRENT_GEMMA, 2_682_862_080),  # google/recurrentgemma-2b
     (LFM2, 1_170_340_608),  # LiquidAI/LFM2-1.2B
+    (ZAMBA2, 7_326_532_760),  # Zyphra/Zamba2-7B, as transformers 5.17 reads its configuration
     (NANO, 31_577_937_344),  # nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16
     (QWEN3_NEXT, 79_674_391_296),  # Qwen/Qwen3-Next-80B-A3B-Instruct without its predictor of further tokens
     (MINIMAX, 456_089_655_296),  # MiniMaxAI/MiniMax-Text-01-hf
