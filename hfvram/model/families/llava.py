@@ -16,12 +16,9 @@ def read(config: Config, class_name: str | None) -> Architecture:
     class_name = class_of(config, class_name)
     prefix = prefix_of(config, class_name)
     text, vision = section(config, "text_config"), section(config, "vision_config")
-    stacks = (
-        tower(vision, f"{prefix}vision_tower."),
-        Stack("projector", (), before=projector(config, vision, text, f"{prefix}multi_modal_projector")),
-        text_stack(text, f"{prefix}language_model."),
-    )
-    return wrapper(config, class_name, text, stacks)
+    seeing, reading = tower(vision, f"{prefix}vision_tower."), text_stack(text, f"{prefix}language_model.")
+    joining = Stack("projector", (), before=projector(config, vision, text, f"{prefix}multi_modal_projector"))
+    return wrapper(config, class_name, text, (seeing, joining, reading))
 
 
 def projector(config: Config, vision: Config, text: Config, name: str) -> tuple[Param, ...]:
