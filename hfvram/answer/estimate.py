@@ -57,6 +57,8 @@ class Interval:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuleOfThumb:
+    """What people quote for it, so that its error can be seen."""
+
     bytes: int
     formula: str
 
@@ -71,6 +73,8 @@ class Way:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
+    """The verdict on one GPU; `max_ctx` and `max_batch` with all else as asked, 0 where not even 1 fits."""
+
     gpu: str
     capacity_bytes: int
     fits: bool

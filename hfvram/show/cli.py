@@ -152,6 +152,7 @@ def shown(rows: list[Row], output: set[str]) -> str:
 
 
 def as_dict(row: Row) -> dict[str, Any]:
+    """A row as JSON has it: the answer, or the error with the model and what of the request tells it apart."""
     if isinstance(row.answer, HfvramError):
         failed = error_dict(row.answer.kind, row.answer.message)
         return failed | {"model": {"id": row.model}, "request": dict(row.differs)}

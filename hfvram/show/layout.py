@@ -11,10 +11,12 @@ Paint = Callable[[str, str], str]
 
 
 def plain(text: str, colour: str) -> str:
+    """The text as it is: no terminal, or one without colours."""
     return text
 
 
 def coloured(text: str, colour: str) -> str:
+    """The text in a colour of the terminal, or in `bold`."""
     import click
 
     return click.style(text, fg=colour if colour != "bold" else None, bold=colour == "bold" or None)

@@ -46,4 +46,5 @@ def table(heading: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> 
 
 
 def cell(text: str) -> str:
+    """A text that neither ends its cell nor starts markup."""
     return printable(text, 10_000).replace("|", "\\|").replace("<", "&lt;")

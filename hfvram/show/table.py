@@ -35,6 +35,7 @@ def table(rows: Sequence[Row], width: int, paint: Paint = plain) -> str:
 
 
 def markdown(rows: Sequence[Row]) -> str:
+    """The same table in markdown."""
     heading, cells = figures(rows)
     return markdown_table(heading, cells, _align(rows))
 

@@ -33,6 +33,7 @@ def text(estimate: Estimate, width: int, paint: Paint = plain) -> str:
 
 
 def headline(e: Estimate, width: int, paint: Paint) -> list[str]:
+    """The model, its parameters, its shape, and the request, a line each."""
     m = e.model
     commit = f" @ {m.commit[:12]}" if m.commit else ""
     active = f" ({short_count(m.active_parameters)} active)" if m.active_parameters != m.parameters else ""
