@@ -30,19 +30,18 @@ def attention(t: Timeline, f: Forward, part: Attention, cache: list[int]) -> tup
     q_width, k_width, v_width = (n * d for n, d in _heads(part))
     q_bytes, k_bytes = f.bytes(q_width), f.bytes(k_width)
     cached = part.cached and f.use_cache
-    gate = None
+    gate: list[int] = []
     if part.fused_qkv:
         query, key, value = [], [], [project(t, f, part.hidden_size, q_width + k_width + v_width, QUERY)]
     else:
-        query = [_projection(t, f, part, q_width, QUERY)]
-        key = [_projection(t, f, part, k_width, KEY_VALUE)]
+        first, *gate = _projection(t, f, part, q_width, QUERY)
+        query, key = [first], _projection(t, f, part, k_width, KEY_VALUE)
         value = [project(t, f, part.hidden_size, v_width, KEY_VALUE)]
-        gate = query[0] if part.output_gate else None
     joined = False
     if part.rotary:
         share = part.rotary.dim / part.head_dim
         rotated = [rotate(t, q_bytes, int(q_bytes * share), QUERY), rotate(t, k_bytes, int(k_bytes * share), KEY_VALUE)]
-        t.free(*(query if gate is None else []), *key)
+        t.free(*query, *key)
         query, key = [rotated[0]], [rotated[1]]
         joined = part.rotary.dim < part.head_dim
     if cached:
@@ -50,9 +49,9 @@ def attention(t: Timeline, f: Forward, part: Attention, cache: list[int]) -> tup
         t.free(*key, *(value if query else []))
         key, value = [], value if not query else []
     out, kept = kernel(t, f, part, joined)
-    if gate is not None:
+    if gate:
         sigmoid, gated = t.alloc(q_bytes, OUT), t.alloc(q_bytes, OUT)
-        t.free(sigmoid, out, gate)
+        t.free(sigmoid, out, *gate)
         out = gated
     projected = project(t, f, part.heads * part.value_dim, part.hidden_size, HIDDEN)
     t.free(out, *query, *key, *value)
@@ -63,16 +62,16 @@ def _heads(part: Attention) -> tuple[tuple[int, int], ...]:
     return (part.heads, part.head_dim), (part.kv_heads, part.head_dim), (part.kv_heads, part.value_dim)
 
 
-def _projection(t: Timeline, f: Forward, part: Attention, width: int, tag: Tag) -> int:
-    """One projection, and its norm where the model has one."""
+def _projection(t: Timeline, f: Forward, part: Attention, width: int, tag: Tag) -> list[int]:
+    """One projection, and its norm where the model has one; beside the queries a copy of their gate, if they have one."""
     gated = part.output_gate and tag is QUERY
     projected = project(t, f, part.hidden_size, 2 * width if gated else width, tag)
+    gate = [t.alloc(f.bytes(width), tag)] if gated else []
     if part.qk_norm is None:
-        return projected
+        return [projected, *gate]
     normed = normalize(t, f, width, "rms", tag)
-    if not gated:
-        t.free(projected)
-    return normed
+    t.free(projected)
+    return [normed, *gate]
 
 
 def grow(t: Timeline, f: Forward, part: Attention, cache: list[int]) -> None:
@@ -143,7 +142,9 @@ def kernel(t: Timeline, f: Forward, part: Attention, joined: bool, masked: bool 
         out = t.alloc(out_bytes, OUT)
         t.moment(OUT, f.batch * part.heads * f.tokens * 4)  # log-sum-exp
         if joined and not masked and f.half and part.head_dim <= 128 and f.tokens > 1:
-            contiguous = t.alloc(out_bytes, OUT)  # cuDNN's output has the layout of the queries, which rotation joined by a copy
+            contiguous = t.alloc(
+                out_bytes, OUT
+            )  # cuDNN's output has the layout of the queries, which rotation joined by a copy
             t.free(out)
             out = contiguous
     t.free(*copies)

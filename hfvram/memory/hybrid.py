@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from hfvram.memory.attention import attention
 from hfvram.memory.blocks import HIDDEN, normalize
-from hfvram.memory.feed_forward import feed_forward, mixture
+from hfvram.memory.feed_forward import WIDE, feed_forward, mixture
 from hfvram.memory.forward import Forward
 from hfvram.memory.ssm import mamba1, mamba2
 from hfvram.memory.timeline import Timeline
@@ -18,6 +18,11 @@ from hfvram.model.layers import Attention, FeedForward, Layer, Mamba1, Mamba2, M
 def is_hybrid(layer: Layer) -> bool:
     """Whether one layer has both kinds of mixer."""
     return len(layer.mixers) > 1 and any(isinstance(m, Mamba1 | Mamba2) for m in layer.mixers)
+
+
+def keeps_embedding(layers: tuple[Layer, ...]) -> bool:
+    """Whether a copy of the embedding is held to the end of the pass, for shared blocks to read."""
+    return any(is_hybrid(layer) and isinstance(layer.mixers[0], Attention) for layer in layers)
 
 
 def hybrid(t: Timeline, f: Forward, layer: Layer, hidden: int, cache: list[int]) -> int:
@@ -83,6 +88,9 @@ def _after_block(
     t.free(normed, *([] if weights is None else [weights]))
     normed = normalize(t, f, width, layer.norm)
     t.free(attended)
+    if isinstance(layer.feed_forward, FeedForward) and layer.feed_forward.fused_gate_up:
+        # Zamba2 adds this layer's own adapter to the shared projection.
+        t.moment(WIDE, *[f.bytes(2 * layer.feed_forward.intermediate_size)] * 3)
     fed = _feed(t, f, layer)
     t.free(normed)
     block = t.alloc(nbytes, HIDDEN)

@@ -10,10 +10,10 @@ from dataclasses import replace
 from hfvram.memory.attention import implementation, needs_mask, stored_tokens
 from hfvram.memory.blocks import HIDDEN, normalize
 from hfvram.memory.forward import Forward
-from hfvram.memory.hybrid import hybrid, is_hybrid
+from hfvram.memory.hybrid import hybrid, is_hybrid, keeps_embedding
 from hfvram.memory.mixers import feed, grow_cache, mix
 from hfvram.memory.timeline import Tag, Timeline
-from hfvram.model.architecture import Architecture, Stack
+from hfvram.model.architecture import Architecture
 from hfvram.model.layers import Attention, FeedForward, LatentAttention, Layer
 
 GENERATE = "transformers 5.17: generation/utils.py"
@@ -75,6 +75,8 @@ def forward(t: Timeline, architecture: Architecture, f: Forward, caches: list[li
     stack = architecture.text
     held, embedded = _embed(t, f, architecture)
     kept = set(held)
+    if keeps_embedding(stack.layers):
+        held.append(t.alloc(f.bytes(stack.hidden_size), HIDDEN))
     held += [*_angles(t, f, stack.layers), *_masks(t, f, stack.layers)]
     hidden = embedded
     written: set[int] = set()
@@ -123,7 +125,9 @@ def _embed(t: Timeline, f: Forward, architecture: Architecture) -> tuple[list[in
 
 def _classify(t: Timeline, f: Forward, architecture: Architecture) -> None:
     """An encoder's head over all tokens: masked-language models transform each, and project it to the vocabulary."""
-    outputs = max((p.shape[0] for p in architecture.head if p.kind in ("head", "linear") and len(p.shape) > 1), default=0)
+    outputs = max(
+        (p.shape[0] for p in architecture.head if p.kind in ("head", "linear") and len(p.shape) > 1), default=0
+    )
     if architecture.tied_head:
         outputs = max(outputs, architecture.vocab_size)
     if outputs == architecture.vocab_size:

@@ -15,7 +15,9 @@ PROJECTED = Tag(
     "linear attention, projections", "activations", "b·s·H·(2·d_k+2·d_v)·e", "transformers 5.17: Qwen3NextGatedDeltaNet"
 )
 RULE = Tag("gated delta rule", "activations", "b·s·H·d·4", "transformers 5.17: torch_chunk_gated_delta_rule")
-FUSED_RULE = Tag("gated delta rule", "activations", "b·s·H·d·e", "flash-linear-attention 0.3: gated_delta_rule/chunk.py")
+FUSED_RULE = Tag(
+    "gated delta rule", "activations", "b·s·H·d·e", "flash-linear-attention 0.3: gated_delta_rule/chunk.py"
+)
 OUT = Tag("linear attention, output", "activations", "b·s·H·d_v·e", "transformers 5.17: Qwen3NextRMSNormGated")
 LIGHTNING = Tag("lightning attention", "activations", "b·s·H·d·e", "transformers 5.17: MiniMaxLightningAttention")
 GATES = Tag("recurrence, gates", "activations", "b·s·w·e", "transformers 5.17: RecurrentGemmaRglru")
@@ -125,7 +127,10 @@ def _rule(t: Timeline, f: Forward, part: GatedDeltaNet) -> tuple[int, int]:
 
 
 def _fused_rule(t: Timeline, f: Forward, part: GatedDeltaNet) -> tuple[int, int]:
-    """flash-linear-attention's kernels: states of every 64 tokens in the computing dtype. Returns output and last state."""
+    """flash-linear-attention's kernels: states of every 64 tokens in the computing dtype.
+
+    Returns output and last state. Triton's autotuner holds its buffer at the first launch.
+    """
     heads = part.value_heads
     keys, values = f.bytes(heads * part.key_dim), f.bytes(heads * part.value_dim)
     held = [t.alloc(keys, FUSED_RULE), t.alloc(keys, FUSED_RULE)]
@@ -160,7 +165,7 @@ def _gated_norm(t: Timeline, f: Forward, width: int) -> int:
 
 
 def lightning(t: Timeline, f: Forward, part: LightningAttention, states: list[int]) -> int:
-    """Lightning attention in blocks; `states` holds the state, empty before the prefill. Returns the output's handle."""
+    """Lightning attention, block by block; `states` holds the state, empty before the prefill. Returns the output."""
     width = part.heads * part.head_dim
     wide = f.bytes(width)
     state = f.batch * part.heads * part.head_dim**2 * f.element_bytes
@@ -224,16 +229,20 @@ def rg_lru(t: Timeline, f: Forward, part: RGLRU, states: list[int]) -> int:
         keep(t, f, states, f.batch * part.width * 4, STATE)
     convolved = t.alloc(f.batch * (f.tokens + part.d_conv - 1) * part.width * f.element_bytes, GATES)
     t.free(x)
-    held = [branch, convolved]
+    gates, product = [], None
     for _ in range(2):  # input gate, recurrent gate
-        product = t.alloc(wide, GATES)
+        last, product = product, t.alloc(wide, GATES)
+        t.free(*([] if last is None else [last]))
         contiguous = t.alloc(wide, GATES)
-        held.append(t.alloc(wide, GATES))
-        t.free(product, contiguous)
-    held += [t.alloc(wide, GATES) for _ in range(5)]
+        gates.append(t.alloc(wide, GATES))
+        t.free(contiguous)
+    # The gate's logarithm, its exponential and its square's, gated inputs, multiplier, normalized inputs, reset gate.
+    held = [branch, convolved, gates[0], product, *[t.alloc(wide, GATES) for _ in range(7)]]
+    t.free(gates[1])
     out = t.alloc(wide, GATES)
+    t.free(*held[1:])
     product = t.alloc(wide, GATES)
-    t.free(out, *held)
+    t.free(out, branch)
     projected = project(t, f, part.width, part.hidden_size, HIDDEN)
     t.free(product)
     return projected

@@ -18,7 +18,9 @@ CACHES = "transformers 5.17: cache_utils.py, LinearAttentionLayer"
 SCAN_SOURCE = "state-spaces/mamba 2.2: selective_scan_interface.py, ssd_combined.py"
 CONV_STATE = Tag("convolution states", "cache", "b·(d+2·G·N)·k·e", CACHES, "exact")
 STATE = Tag("recurrent states", "cache", "b·d·N·4", CACHES, "exact")
-PROJECTED = Tag("state space, projections", "activations", "b·s·(2·d+2·G·N+H)·e", "transformers 5.17: Mamba2Mixer.forward")
+PROJECTED = Tag(
+    "state space, projections", "activations", "b·s·(2·d+2·G·N+H)·e", "transformers 5.17: Mamba2Mixer.forward"
+)
 CONVOLVED = Tag("state space, convolution", "activations", "b·s·(d+2·G·N)·e", "transformers 5.17: causal_conv1d_fn")
 SCAN = Tag("state space, scan", "activations", "b·c·d·N·4", SCAN_SOURCE)
 SCANNED = Tag("state space, output of the scan", "activations", "b·s·d·e", SCAN_SOURCE)
@@ -54,12 +56,12 @@ def mamba1(t: Timeline, f: Forward, part: Mamba1, states: list[int]) -> int:
     wide, low_rank = f.bytes(part.d_inner), part.dt_rank + 2 * part.d_state
     held = [t.alloc(f.bytes(part.hidden_size), HIDDEN)] if masked else []
     held.append(project(t, f, part.hidden_size, 2 * part.d_inner, PROJECTED))
-    if part.heads > 1:  # x and gate are sorted by head
-        held += [t.alloc(wide, PROJECTED), t.alloc(wide, PROJECTED)]
     decay = part.d_inner * part.d_state * 4
     t.moment(PROJECTED, decay, decay)
     held.append(t.alloc(decay, PROJECTED))
+    by_head = [t.alloc(wide, PROJECTED)] if part.heads > 1 else []  # x in order of the heads
     convolved = convolve(t, f, part.d_inner, part.d_conv, states)
+    t.free(*by_head)
     if masked:
         convolved = _replace(t, convolved, wide)
     low = t.alloc(f.bytes(low_rank), PROJECTED)
@@ -69,9 +71,8 @@ def mamba1(t: Timeline, f: Forward, part: Mamba1, states: list[int]) -> int:
         held += normed
     else:
         held.append(low)
-    product = t.alloc(wide, PROJECTED)  # Δ, whose layout the matmul leaves wrong
-    held += [convolved, t.alloc(wide, PROJECTED)]
-    t.free(product)
+    step_size = t.alloc(wide, PROJECTED)  # Δ; the matmul leaves a layout that only heads of their own can use
+    held += [convolved, step_size if part.heads > 1 else _replace(t, step_size, wide)]
     out, last = _scan_by_head(t, f, part)
     keep(t, f, states, recurrent, STATE)
     cast = [t.alloc(wide, SCANNED)] if f.half and f.kernels != "fused" else []
@@ -82,8 +83,11 @@ def mamba1(t: Timeline, f: Forward, part: Mamba1, states: list[int]) -> int:
 
 def _scan_by_head(t: Timeline, f: Forward, part: Mamba1) -> tuple[int, int]:
     """One scan as a rule; Zamba's heads are scanned one by one and joined."""
-    scan = _selective_scan if f.kernels == "fused" else fallback_scan
-    done = [scan(t, f, part.d_inner // part.heads, part.d_state) for _ in range(part.heads)]
+    inner, heads = part.d_inner // part.heads, range(part.heads)
+    if f.kernels == "fused":
+        done = [_selective_scan(t, f, inner, part.d_state, part.heads == 1) for _ in heads]
+    else:
+        done = [fallback_scan(t, f, inner, part.d_state) for _ in heads]
     if part.heads == 1:
         return done[0]
     outs, lasts = zip(*done, strict=True)
@@ -93,13 +97,13 @@ def _scan_by_head(t: Timeline, f: Forward, part: Mamba1) -> tuple[int, int]:
     return out, last
 
 
-def _selective_scan(t: Timeline, f: Forward, inner: int, d_state: int) -> tuple[int, int]:
-    """`selective_scan_fn`: contiguous copies of x, B, C and gate, and states at every 2,048 tokens.
+def _selective_scan(t: Timeline, f: Forward, inner: int, d_state: int, transposed: bool) -> tuple[int, int]:
+    """`selective_scan_fn`: contiguous copies of x (if it is transposed), B, C and gate, and states at every 2,048 tokens.
 
     Returns the handles of the output and of those states, of which the last is a view.
     """
     wide, narrow = f.bytes(inner), f.bytes(d_state)
-    copies = [t.alloc(n, SCAN) for n in (wide, narrow, narrow, wide)]
+    copies = [t.alloc(n, SCAN) for n in ((wide,) if transposed else ()) + (narrow, narrow, wide)]
     out = t.alloc(wide, SCANNED)
     checkpoints = t.alloc(f.batch * inner * -(-f.tokens // 2048) * 2 * d_state * 4, SCAN)
     gated = t.alloc(wide, SCANNED)
@@ -187,9 +191,7 @@ def _gate(t: Timeline, f: Forward, part: Mamba2) -> int:
     return gated
 
 
-def convolve(
-    t: Timeline, f: Forward, channels: int, d_conv: int, states: list[int], activated: bool = True
-) -> int:
+def convolve(t: Timeline, f: Forward, channels: int, d_conv: int, states: list[int], activated: bool = True) -> int:
     """The causal convolution of a prefill, whose state is its last columns. Returns the output's handle.
 
     The fused kernel writes its output alone; `nn.Conv1d` pads it by k − 1 columns, and the activation is a second one.
