@@ -3,6 +3,7 @@
 Needs torch and transformers (`pip install 'hfvram[exact]'`), which are imported only here and where they are used.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,6 +14,10 @@ from hfvram.model.layers import Param, ParamKind
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 NAMES = {f"torch.{name}": short for short, name in DTYPES.items()}
 LEFT_OUT = ("quantization_config", "compression_config", "auto_map", "model_type")
+COUNTS = ("layers", "layer", "depth", "experts", "blocks", "groups", "group_num")
+SIZES = ("size", "dim", "positions", "embeddings", "heads", "width", "kernel")
+MAX_ENTRIES = 1 << 16
+MAX_NESTING = 16
 
 
 def build(
@@ -33,23 +38,18 @@ def build(
         import torch
         import transformers
     except ImportError as error:
-        raise HfvramError(
-            "missing_extra", f"building a model needs {error.name}: pip install 'hfvram[exact]'"
-        ) from error
+        message = f"building a model needs {error.name}: pip install 'hfvram[exact]'"
+        raise HfvramError("missing_extra", message) from error
     check(config_values)
-    kind = str(config_values.get("model_type") or "")
+    kind = printable(str(config_values.get("model_type") or ""), 60)
     remote = trust_remote_code and path is not None and bool(config_values.get("auto_map"))
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
     try:
-        if remote:
-            config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=True)
-        else:
-            if kind not in transformers.CONFIG_MAPPING:
-                raise HfvramError("unknown_architecture", f"transformers knows no model type {printable(kind, 60)!r}")
-            values = {key: value for key, value in config_values.items() if key not in LEFT_OUT}
-            config = transformers.AutoConfig.for_model(kind, **values)
-        with torch.device("meta"):
-            if remote and (auto := remote_class(config)):
-                return getattr(transformers, auto).from_config(config, trust_remote_code=True)
+        with warnings.catch_warnings(action="ignore"), torch.device("meta"):
+            if remote:
+                return build_remote(str(path), getattr(torch, DTYPES[dtype]))
+            config = configuration(config_values)
             model_class = class_of(config, class_name)
             if not isinstance(config, model_class.config_class):
                 config = config.get_text_config()
@@ -58,25 +58,48 @@ def build(
         raise
     except Exception as error:  # the values are anyone's, and so is what the model's code does with them
         reason = printable(" ".join(str(error).split()), 200)
-        raise HfvramError(
-            "bad_config", f"transformers can't build this {printable(kind, 60)} model: {reason}"
-        ) from error
+        raise HfvramError("bad_config", f"transformers can't build this {kind} model: {reason}") from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
 
 
-def check(values: Any, name: str = "", depth: int = 0) -> None:
-    """Raises `bad_config` where a count of modules is absurd: each would be built, and take its time and memory."""
-    if depth > 16:
-        raise HfvramError("bad_config", "config.json is nested more than 16 deep")
+def configuration(values: Mapping[str, Any]) -> Any:
+    """transformers' configuration object of a type that it knows, without quantization."""
+    import transformers
+
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
+        raise HfvramError("unknown_architecture", f"transformers knows no model type {printable(repr(kind), 60)}")
+    return transformers.AutoConfig.for_model(kind, **{k: v for k, v in values.items() if k not in LEFT_OUT})
+
+
+def build_remote(path: str, dtype: Any) -> Any:
+    """The model that the code of a repository builds: its own configuration class, its own model class."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=True)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    if (auto := remote_class(config)) is None:
+        raise HfvramError("unknown_architecture", f"the code of {printable(path, 100)} names no model in auto_map")
+    return getattr(transformers, auto).from_config(config, dtype=dtype, trust_remote_code=True)
+
+
+def check(values: Any, name: str = "", nesting: int = 0) -> None:
+    """Raises `bad_config` for absurd sizes, before they are built: every layer would take its time and memory."""
+    if nesting > MAX_NESTING:
+        raise HfvramError("bad_config", f"config.json is nested more than {MAX_NESTING} deep")
     if isinstance(values, Mapping):
         for key, value in values.items():
-            check(value, str(key), depth + 1)
+            check(value, str(key), nesting + 1)
     elif isinstance(values, list):
+        if len(values) > MAX_ENTRIES:
+            raise HfvramError("bad_config", f"config.json: {printable(name, 60)} has {len(values)} entries")
         for value in values:
-            check(value, name, depth + 1)
-    elif isinstance(values, (int, float)) and not isinstance(values, bool):
-        counts = ("layers", "depth", "depths", "experts", "n_layer", "blocks")
-        limit = MAX_LAYERS if name.endswith(counts) else MAX_SIZE << 16
-        if values > limit and values != float("inf"):
+            check(value, name, nesting + 1)
+    elif isinstance(values, (int, float)):
+        limit = MAX_LAYERS if name.endswith(COUNTS) else MAX_SIZE if name.endswith(SIZES) else None
+        if limit is not None and values > limit:
             raise HfvramError("bad_config", f"config.json: {printable(name, 60)} is {values}, more than {limit}")
 
 
