@@ -18,7 +18,11 @@ def interval(architecture: Architecture, request: Request, device_bytes: int) ->
     name = group(architecture, request)
     errors = _accuracy().get(name)
     if errors is None:
-        return Interval(low_bytes=int(device_bytes * 0.9), high_bytes=int(device_bytes * 1.1), basis="no measured case is like this one: ±10 %")
+        return Interval(
+            low_bytes=int(device_bytes * 0.9),
+            high_bytes=int(device_bytes * 1.1),
+            basis="no measured case is like this one: ±10 %",
+        )
     low, high = min(errors["low"], -MARGIN), max(errors["high"], MARGIN)
     basis = f"{errors['cases']} measured cases ({name}, H100): {errors['low']:+.1%} to {errors['high']:+.1%}"
     return Interval(low_bytes=int(device_bytes / (1 + high)), high_bytes=int(device_bytes / (1 + low)), basis=basis)

@@ -1,10 +1,19 @@
 """A timeline at its peak → items that add up to it, each with its formula in numbers."""
 
+from dataclasses import replace
+
 from hfvram.answer.estimate import Item
 from hfvram.memory.allocator import Peaks
 from hfvram.memory.timeline import Tag, Timeline
 
-ALLOCATOR = "PyTorch 2.11: c10/cuda/CUDACachingAllocator.cpp"
+ROUNDING = Item(
+    name="rounding",
+    category="rounding",
+    bytes=0,
+    formula="blocks of 512 B; remainders of 1 MiB and less are not split off",
+    source="PyTorch 2.11: c10/cuda/CUDACachingAllocator.cpp",
+    certainty="derived",
+)
 
 
 def items(timeline: Timeline, peaks: Peaks) -> tuple[Item, ...]:
@@ -29,8 +38,7 @@ def items(timeline: Timeline, peaks: Peaks) -> tuple[Item, ...]:
     ]
     found.sort(key=lambda item: -item.bytes)
     if rounding:
-        words = "blocks of 512 B; remainders of 1 MiB and less are not split off"
-        found.append(Item(name="rounding", category="rounding", bytes=rounding, formula=words, source=ALLOCATOR, certainty="derived"))
+        found.append(replace(ROUNDING, bytes=rounding))
     return tuple(found)
 
 

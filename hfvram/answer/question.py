@@ -1,30 +1,39 @@
 """The road from a name and a request to an `Estimate`."""
 
+from dataclasses import replace
+
 from hfvram import __version__
-from hfvram.answer import guide
-from hfvram.answer.estimate import Estimate, Fit, ModelFacts, Recommended
+from hfvram.answer import guide, pipeline
+from hfvram.answer.estimate import Estimate, Interval, Item, Recommended
+from hfvram.answer.facts import facts, guide_items
 from hfvram.answer.fit import judge
 from hfvram.answer.gpus import find_gpu, recommend
 from hfvram.answer.interval import interval
 from hfvram.answer.items import items
 from hfvram.answer.resolve import resolve
 from hfvram.answer.supported import check
+from hfvram.errors import HfvramError
 from hfvram.memory.allocator import replay
 from hfvram.memory.device import device_bytes
 from hfvram.memory.formula import timeline
-from hfvram.model.architecture import Architecture
-from hfvram.model.identify import Model, identify, needs_headers
-from hfvram.model.layers import GatedDeltaNet, LatentAttention, Mamba1, Mamba2
+from hfvram.model.bound import bound
+from hfvram.model.identify import Model, identify, identify_components, needs_headers
+from hfvram.model.infer import infer
+from hfvram.model.layers import Mamba1, Mamba2
+from hfvram.read.checkpoint import Checkpoint
 from hfvram.read.open import read_all_headers, read_checkpoint
 from hfvram.request import Request
 from hfvram.units import gib
+
+MODELLED = {"transformers": "5.17", "torch": "2.11"}
+"""The versions whose code the formulas follow, and with which they were measured."""
 
 
 class Session:
     """Answers questions, and reads each model once."""
 
     def __init__(self) -> None:
-        self._models: dict[tuple[object, ...], Model] = {}
+        self._models: dict[tuple[object, ...], Model | HfvramError] = {}
 
     def estimate(
         self,
@@ -38,18 +47,17 @@ class Session:
     ) -> Estimate:
         """What `request` takes of one GPU. Raises `HfvramError` of every kind of SPEC's table."""
         check(request)
-        return answer(self.model(model, revision, token, offline, file), request)
-
-    def model(self, name: str, revision: str | None, token: str | None, offline: bool, file: str | None) -> Model:
-        """The model of a name, read once."""
-        key = (name, revision, token, offline, file)
+        key = (model, revision, token, offline, file, request.allow_unknown, request.trust_remote_code)
         if key not in self._models:
-            checkpoint = read_checkpoint(name, revision=revision, token=token, offline=offline, file=file)
-            model = identify(checkpoint)
-            if needs_headers(checkpoint, model.architecture):
-                model = identify(read_all_headers(checkpoint, token=token, offline=offline))
-            self._models[key] = model
-        return self._models[key]
+            try:
+                checkpoint = read_checkpoint(model, revision=revision, token=token, offline=offline, file=file)
+                self._models[key] = understand(checkpoint, request, token, offline)
+            except HfvramError as error:
+                self._models[key] = error
+        known = self._models[key]
+        if isinstance(known, HfvramError):
+            raise known
+        return answer(known, request)
 
 
 def estimate(
@@ -65,113 +73,115 @@ def estimate(
     return Session().estimate(model, request, revision=revision, token=token, offline=offline, file=file)
 
 
+def understand(checkpoint: Checkpoint, request: Request, token: str | None = None, offline: bool = False) -> Model:
+    """The model of a checkpoint; what is unknown about it is bounded where the request allows that."""
+    if checkpoint.components:
+        return identify_components(checkpoint)
+    try:
+        architecture = infer(checkpoint.config, generation=checkpoint.generation_config)
+    except HfvramError as error:
+        if error.kind != "unknown_architecture" or not (request.allow_unknown or request.trust_remote_code):
+            raise
+        checkpoint = read_all_headers(checkpoint, token=token, offline=offline)
+        return identify(checkpoint, bound(checkpoint, error, request.trust_remote_code))
+    if needs_headers(checkpoint, architecture):
+        checkpoint = read_all_headers(checkpoint, token=token, offline=offline)
+    return identify(checkpoint, architecture)
+
+
 def answer(model: Model, asked: Request) -> Estimate:
-    """The estimate of a model that was read already."""
-    architecture = model.architecture
-    request, notes = resolve(architecture, asked)
-    written = timeline(architecture, request)
+    """The estimate of a model that was read already, with the verdict where a GPU is named."""
+    found = estimate_of(model, asked)
+    notes: list[str] = []
+    if asked.recommend:
+        recommended = (Recommended(gpu=g.name, capacity_bytes=g.memory_bytes) for g in recommend(found.device_bytes))
+        found = replace(found, recommended=tuple(recommended))
+    if asked.gpu:
+        gpu, note = find_gpu(asked.gpu)
+        notes += [note] if note else []
+        known = {found.request: found.device_bytes}
+        fit = judge(
+            lambda r: known[r] if r in known else taken(model, r),
+            found.request,
+            gpu,
+            max_positions=model.architecture.max_positions,
+        )
+        found = replace(found, fit=fit)
+    return replace(found, warnings=(*found.warnings, *notes, *_assumptions(model, found)))
+
+
+def estimate_of(model: Model, asked: Request) -> Estimate:
+    """What a request takes, without a verdict."""
+    if model.components:
+        alone = asked.with_(phase=None, gpu=None, max_ctx=False, max_batch=False)
+        parts = tuple((name, estimate_of(part, alone)) for name, part in model.components)
+        return pipeline.total(model.checkpoint.id, parts, model.warnings)
+    request, notes = resolve(model.architecture, asked)
+    ruled = guide_items(model, request)
+    if request.method == "guide":
+        return _estimate(model, request, ruled, sum(i.bytes for i in ruled), "", notes)
+    written = timeline(model.architecture, request)
     peaks = replay(written)
     found = items(written, peaks)
-    device = device_bytes(peaks.reserved_bytes)
-    totals = {category: 0 for category in ("weights", "activations")}
+    phase = written.phase_at(peaks.event)
+    return replace(
+        _estimate(model, request, found, peaks.allocated_bytes, phase, notes),
+        cache_bytes=written.cache_bytes,
+        peak_reserved_bytes=peaks.reserved_bytes,
+        device_bytes=(device := device_bytes(peaks.reserved_bytes)),
+        interval=interval(model.architecture, request, device),
+    )
+
+
+def taken(model: Model, asked: Request) -> int:
+    """Device bytes alone, for searches: the same road without the items."""
+    if model.components or asked.method == "guide":
+        return estimate_of(model, asked).device_bytes
+    request, _ = resolve(model.architecture, asked)
+    return device_bytes(replay(timeline(model.architecture, request)).reserved_bytes)
+
+
+def _estimate(
+    model: Model, request: Request, found: tuple[Item, ...], allocated: int, phase: str, notes: list[str]
+) -> Estimate:
+    """An estimate whose items are the whole of it: nothing is known of the allocator or the device."""
+    totals = {"weights": 0, "cache": 0, "activations": 0}
     for item in found:
         if item.category in totals:
             totals[item.category] += item.bytes
-    rule = guide.rule(_guide_items(model, request))
-    fit, fit_notes = _fit(architecture, request, device) if request.gpu else (None, [])
-    recommended = recommend(device) if request.recommend else ()
     return Estimate(
-        model=_facts(model),
+        model=facts(model),
         request=request,
-        method="formula",
-        versions={"hfvram": __version__, "transformers": "5.17", "torch": "2.11"},
+        method="guide" if request.method == "guide" else "formula",
+        versions={"hfvram": __version__, **MODELLED},
         items=found,
-        peak_phase=written.phase_at(peaks.event),
+        peak_phase=phase,
         weights_bytes=totals["weights"],
-        cache_bytes=written.cache_bytes,
+        cache_bytes=totals["cache"],
         gradients_bytes=0,
         optimizer_bytes=0,
         activations_bytes=totals["activations"],
-        peak_allocated_bytes=peaks.allocated_bytes,
-        peak_reserved_bytes=peaks.reserved_bytes,
-        device_bytes=device,
-        interval=interval(architecture, request, device),
-        guide=rule,
-        fit=fit,
-        recommended=tuple(Recommended(gpu=g.name, capacity_bytes=g.memory_bytes) for g in recommended),
-        warnings=(*model.warnings, *notes, *fit_notes, *_alternatives(architecture, request, device)),
+        peak_allocated_bytes=allocated,
+        peak_reserved_bytes=allocated,
+        device_bytes=allocated,
+        interval=Interval(low_bytes=allocated, high_bytes=allocated, basis="a rule of thumb has no error of its own"),
+        guide=guide.rule(guide_items(model, request)),
+        warnings=(*model.warnings, *notes),
     )
 
 
-def taken(architecture: Architecture, asked: Request) -> int:
-    """Device bytes alone, for searches: the same road without the items."""
-    request, _ = resolve(architecture, asked)
-    return device_bytes(replay(timeline(architecture, request)).reserved_bytes)
-
-
-def _fit(architecture: Architecture, request: Request, device: int) -> tuple[Fit, list[str]]:
-    gpu, note = find_gpu(request.gpu or "")
-    known = {request: device}
-    found = judge(
-        lambda r: known[r] if r in known else taken(architecture, r), request, gpu, max_positions=architecture.max_positions
-    )
-    return found, [note] if note else []
-
-
-def _alternatives(architecture: Architecture, request: Request, device: int) -> list[str]:
+def _assumptions(model: Model, found: Estimate) -> list[str]:
     """What the same request takes where an assumption that people can't see does not hold."""
+    request = found.request
+    if model.components or request.method == "guide":
+        return []
     said = []
     if request.batch > 1 and not request.padding and request.phase == "generate":
-        padded = taken(architecture, request.with_(padding=True)) - device
-        if padded > 0:
-            said.append(f"sequences of unequal length would add {gib(padded)} for their padding mask (--padding)")
-    if any(isinstance(m, (Mamba1, Mamba2)) for layer in architecture.text.layers for m in layer.mixers):
-        other = "fallback" if request.kernels == "fused" else "fused"
-        words = "not installed" if other == "fallback" else "installed"
-        total = gib(taken(architecture, request.with_(kernels=other)))
-        said.append(f"with the mamba-ssm and causal-conv1d kernels {words} (--kernels {other}) it takes {total}")
+        added = taken(model, request.with_(padding=True)) - found.device_bytes
+        if added > 0:
+            said.append(f"sequences of unequal length would add {gib(added)} for their padding mask (--padding)")
+    if any(isinstance(m, (Mamba1, Mamba2)) for layer in model.architecture.text.layers for m in layer.mixers):
+        other, words = ("fallback", "without") if request.kernels == "fused" else ("fused", "with")
+        total = gib(taken(model, request.with_(kernels=other)))
+        said.append(f"{words} the mamba-ssm and causal-conv1d kernels it takes {total} (--kernels {other})")
     return said
-
-
-def _facts(model: Model) -> ModelFacts:
-    a, checkpoint = model.architecture, model.checkpoint
-    mixers = [m for layer in a.text.layers for m in layer.mixers]
-    attention, moe = a.attention, a.moe
-    latent = next((m for m in mixers if isinstance(m, LatentAttention)), None)
-    states = (m.d_state if isinstance(m, (Mamba1, Mamba2)) else m.key_dim for m in mixers if isinstance(m, (Mamba1, Mamba2, GatedDeltaNet)))
-    return ModelFacts(
-        id=checkpoint.id,
-        commit=checkpoint.commit,
-        source=checkpoint.source,
-        architecture=a.class_name,
-        model_type=a.model_type,
-        parameters=model.parameters,
-        active_parameters=model.parameters - (a.parameters - a.active_parameters),
-        trainable_parameters=0,
-        parameters_from=model.parameters_from,
-        dtype=a.dtype,
-        layers=len(a.text.layers),
-        hidden_size=a.hidden_size,
-        attention_heads=attention.heads if attention else latent.heads if latent else None,
-        kv_heads=attention.kv_heads if attention else latent.heads if latent else None,
-        head_dim=attention.head_dim if attention else latent.qk_nope_head_dim + latent.qk_rope_head_dim if latent else None,
-        experts=moe.experts if moe else None,
-        experts_per_token=moe.top_k if moe else None,
-        state_size=next(states, None),
-        layer_kinds=a.layer_kinds,
-    )
-
-
-def _guide_items(model: Model, request: Request) -> tuple[guide.Item, ...]:
-    facts = _facts(model)
-    mamba = next((m for layer in model.architecture.text.layers for m in layer.mixers if isinstance(m, (Mamba1, Mamba2))), None)
-    return guide.inference_items(
-        model.parameters,
-        batch=request.batch,
-        ctx=request.ctx or 1,
-        layers=facts.layers,
-        heads=facts.attention_heads if request.phase != "encode" else None,
-        head_dim=facts.head_dim,
-        d_state=facts.state_size,
-        d_inner=mamba.d_inner if mamba else None,
-    )

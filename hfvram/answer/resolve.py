@@ -1,4 +1,4 @@
-"""What a request leaves open, decided by the model: context, phase, dtypes. Says what was decided against the user's word."""
+"""What a request leaves open, decided by the model: context, phase, dtypes; what goes against it is told."""
 
 from hfvram.errors import HfvramError
 from hfvram.memory.attention import implementation
@@ -36,7 +36,9 @@ def resolve(architecture: Architecture, request: Request) -> tuple[Request, list
         warnings.append(_quantized(own))
     attention = _attention(architecture, request)
     if attention != request.attention:
-        warnings.append(f"{architecture.class_name} can't run --attention {request.attention}: {attention} runs instead")
+        warnings.append(
+            f"{architecture.class_name} can't run --attention {request.attention}: {attention} runs instead"
+        )
     return request.with_(
         ctx=ctx,
         phase=phase,
@@ -55,7 +57,9 @@ def _quantized(method: str) -> str:
     if method in DEQUANTIZED:
         return f"{method} weights count as transformers loads them without kernels for them: in the computing dtype"
     if packed_bits(method) is None and method not in ("nf4", "fp4", "int8"):
-        raise HfvramError("usage", f"quantization {method} is not supported yet: --quant none answers for the model in its own dtype")
+        raise HfvramError(
+            "usage", f"quantization {method} is not supported yet: --quant none answers for the model in its own dtype"
+        )
     return f"the checkpoint is {method}: weights as stored, without what its kernels need for a moment"
 
 

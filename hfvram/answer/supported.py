@@ -33,8 +33,12 @@ def check(request: Request) -> None:
             words = ", ".join(str(v) for v in values if v is not None and v != ())
             option = "--" + name.replace("_", "-")
             shown = ",".join(value) if isinstance(value, tuple) else value
-            raise HfvramError("usage", f"{option} {shown} is not supported yet: this version answers {option} {words or '(none)'}")
+            raise HfvramError(
+                "usage", f"{option} {shown} is not supported yet: this version answers {option} {words or '(none)'}"
+            )
     default = Request()
     for name in TRAINING:
         if getattr(request, name) != getattr(default, name):
-            raise HfvramError("usage", f"--{name.replace('_', '-')} is for training, --mode inference has no use for it")
+            raise HfvramError(
+                "usage", f"--{name.replace('_', '-')} is for training, --mode inference has no use for it"
+            )

@@ -24,6 +24,13 @@ SIZE, ADDRESS, FREE, BEFORE, AFTER, POOL = range(6)
 Block = list[Any]
 
 
+def segment_bytes(size: int) -> int:
+    """What is asked of the driver for a block of this (rounded) size that no free block can serve."""
+    if size <= SMALL:
+        return SMALL_SEGMENT
+    return LARGE_SEGMENT if size < LARGE else -(-size // ROUND_SEGMENT) * ROUND_SEGMENT
+
+
 class Allocator:
     """One device's allocator, for one stream. `allocated` and `reserved` are bytes now, `peak_…` at their fullest."""
 
@@ -43,7 +50,13 @@ class Allocator:
             block = pool.pop(at)[2]
             block[FREE] = False
         else:
-            segment = SMALL_SEGMENT if size <= SMALL else LARGE_SEGMENT if size < LARGE else -(-size // ROUND_SEGMENT) * ROUND_SEGMENT
+            segment = (
+                SMALL_SEGMENT
+                if size <= SMALL
+                else LARGE_SEGMENT
+                if size < LARGE
+                else -(-size // ROUND_SEGMENT) * ROUND_SEGMENT
+            )
             block = [segment, self.end, False, None, None, pool]
             self.end += segment
             self.reserved += segment

@@ -9,8 +9,8 @@ ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 class Forward:
     """`batch` sequences of `tokens` new tokens each, after `past` that a cache already holds.
 
-    `dtype` is what the model computes in; `masked` whether attention is given a mask of (batch, 1, tokens, past + tokens)
-    though none of its own kind would need one (padding, a static cache).
+    `dtype` is what the model computes in; `masked` whether attention is given a mask of (batch, 1, tokens, attended)
+    for padding.
     """
 
     batch: int

@@ -13,7 +13,8 @@ WEIGHTS = Tag("weights", "weights", "P·e", "the model's own tensors", "exact")
 STORED = Tag("weights as stored", "weights", "the sizes in the safetensors headers", "safetensors headers", "exact")
 QUANTIZED = Tag("weights, quantized", "weights", "", BNB, "exact")
 SCALES = Tag("quantization scales", "weights", "", BNB, "exact")
-PACKED = Tag("weights, packed", "weights", "bits of the method for each weight", "GPTQ, AWQ, compressed-tensors, ModelOpt: their stored formats", "derived")
+PACKED = Tag("weights, packed", "weights", "", "stored formats of GPTQ, AWQ, compressed-tensors, ModelOpt", "derived")
+ADAPTER = Tag("adapter", "weights", "", "PEFT 0.18: half precision is cast to fp32 when it is loaded", "exact")
 BUFFERS = Tag("buffers", "buffers", "", "the model's own tensors", "exact")
 
 LINEAR = ("linear", "linear_subclass")
@@ -74,7 +75,7 @@ def param_bytes(param: Param, dtype: str, quant: str, double_quant: bool) -> tup
     if bits and quant not in DEQUANTIZED and param.kind in (*LINEAR, "experts") and len(param.shape) > 1:
         return ((int(n * bits / 8), PACKED),)
     nbytes = n * ELEMENT_BYTES.get(param.dtype or dtype, 1)
-    return ((nbytes, BUFFERS if param.kind == "buffer" else WEIGHTS),)
+    return ((nbytes, {"buffer": BUFFERS, "adapter": ADAPTER}.get(param.kind, WEIGHTS)),)
 
 
 @lru_cache(maxsize=256)
@@ -84,9 +85,10 @@ def standing(architecture: Architecture, dtype: str, quant: str, double_quant: b
     Where the checkpoint is quantized and its headers are known, those are its tensors, byte for byte.
     """
     if architecture.stored_sizes and quant == architecture.quantization and quant not in DEQUANTIZED:
-        return Standing(tuple((n, STORED) for n in architecture.stored_sizes))
+        adapter = [x for p in architecture.adapter for x in param_bytes(p, dtype, "none", False)]
+        return Standing((*((n, STORED) for n in architecture.stored_sizes), *adapter))
     skipped = architecture.unquantized if quant == architecture.quantization else ()
-    tensors = []
+    tensors: list[tuple[int, Tag]] = []
     for param in architecture.all_params:
         left = any(matches(param.name, pattern) for pattern in skipped)
         tensors += param_bytes(param, dtype, "none" if left else quant, double_quant)

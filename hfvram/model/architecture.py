@@ -56,6 +56,8 @@ class Architecture:
     """The checkpoint's: `bf16`, `fp16`, `fp32`."""
     head: tuple[Param, ...] = ()
     """Language-model head, classifier, pooler: built last. Empty where the head is tied to the embedding."""
+    adapter: tuple[Param, ...] = ()
+    """Tensors of a PEFT adapter on top."""
     tied_head: bool = False
     final_norm: Literal["rms", "layer"] | None = "rms"
     logits_softcap: bool = False
@@ -83,7 +85,7 @@ class Architecture:
     @cached_property
     def all_params(self) -> tuple[Param, ...]:
         """Every tensor, buffers included, once."""
-        return tuple(p for s in self.stacks for p in s.params()) + self.head
+        return tuple(p for s in self.stacks for p in s.params()) + self.head + self.adapter
 
     @cached_property
     def parameters(self) -> int:

@@ -3,7 +3,9 @@
 from dataclasses import dataclass, replace
 
 from hfvram.errors import HfvramError
+from hfvram.model.adapter import with_adapter
 from hfvram.model.architecture import Architecture, Counted
+from hfvram.model.bound import weights_only
 from hfvram.model.infer import infer
 from hfvram.model.stored import count
 from hfvram.read.checkpoint import Checkpoint
@@ -20,6 +22,8 @@ class Model:
     parameters: int
     parameters_from: Counted
     warnings: tuple[str, ...]
+    components: tuple[tuple[str, "Model"], ...] = ()
+    """The parts of a pipeline; the first stands for it in the fields above."""
 
 
 def needs_headers(checkpoint: Checkpoint, architecture: Architecture) -> bool:
@@ -27,6 +31,34 @@ def needs_headers(checkpoint: Checkpoint, architecture: Architecture) -> bool:
     if checkpoint.tensors is not None or checkpoint.source == "catalogue" or not checkpoint.parameters_by_dtype:
         return False
     return sum(checkpoint.parameters_by_dtype.values()) != architecture.parameters
+
+
+def identify_components(checkpoint: Checkpoint) -> Model:
+    """The models of a pipeline's components. One whose code is not known counts with its weights, by the headers."""
+    found, left_out = [], []
+    for name, part in checkpoint.components.items():
+        try:
+            found.append((name, identify(part, _component(part))))
+        except HfvramError as error:
+            if error.kind != "unknown_architecture":
+                raise
+            left_out.append((f"{name} is left out: {error.message}", error))
+    if not found:
+        raise left_out[0][1]
+    warnings = dict.fromkeys(
+        [*checkpoint.warnings, *(w for _, m in found for w in m.warnings), *(w for w, _ in left_out)]
+    )
+    first = found[0][1]
+    return replace(first, checkpoint=checkpoint, warnings=tuple(warnings), components=tuple(found))
+
+
+def _component(part: Checkpoint) -> Architecture:
+    try:
+        return infer(part.config, generation=part.generation_config)
+    except HfvramError as error:
+        if error.kind != "unknown_architecture":
+            raise
+        return weights_only(part, error)
 
 
 def identify(checkpoint: Checkpoint, architecture: Architecture | None = None) -> Model:
@@ -46,18 +78,24 @@ def identify(checkpoint: Checkpoint, architecture: Architecture | None = None) -
         if architecture.quantization:
             architecture = replace(architecture, stored_sizes=stored.sizes)
         if stored.beyond:
-            warnings.append(f"{stored.beyond:,} stored parameters are of layers that the model does not build (left out)")
+            warnings.append(
+                f"{stored.beyond:,} stored parameters are of layers that the model does not build (left out)"
+            )
         if stored.parameters != parameters:
             warnings.append(
-                f"the headers hold {stored.parameters:,} parameters, {architecture.class_name} of this configuration has "
-                f"{parameters:,}: the memory is that of the model as it is built"
+                f"the headers hold {stored.parameters:,} parameters, {architecture.class_name} of this configuration "
+                f"has {parameters:,}: the memory is that of the model as it is built"
             )
             parameters = stored.parameters
     elif by_dtype and sum(by_dtype.values()) == parameters:
         source = "catalogue" if checkpoint.source == "catalogue" else "headers"
     elif by_dtype and checkpoint.source == "catalogue":
         raise HfvramError("bad_config", f"the catalogue's count of {checkpoint.id} is not that of its configuration")
-    return Model(checkpoint, _stored_dtype(checkpoint, architecture), parameters, source, tuple(warnings))
+    architecture = _stored_dtype(checkpoint, architecture)
+    if checkpoint.adapter:
+        architecture = with_adapter(architecture, checkpoint.adapter)
+        parameters += sum(p.numel for p in architecture.adapter)
+    return Model(checkpoint, architecture, parameters, source, tuple(warnings))
 
 
 def _stored_dtype(checkpoint: Checkpoint, architecture: Architecture) -> Architecture:

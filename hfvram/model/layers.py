@@ -10,7 +10,7 @@ from math import prod
 from typing import ClassVar, Literal
 
 ParamKind = Literal[
-    "linear", "linear_subclass", "experts", "embedding", "head", "norm", "bias", "conv", "other", "buffer"
+    "linear", "linear_subclass", "experts", "embedding", "head", "norm", "bias", "conv", "other", "buffer", "adapter"
 ]
 Activation = str  # transformers' ACT2FN names: "silu", "gelu", "gelu_new", "relu2", …
 
@@ -114,6 +114,11 @@ class LatentAttention:
     """Tokens that a query keeps by the indexer's scores."""
     implementations: tuple[str, ...] = ("sdpa", "flash_attention_2", "eager")
     params: tuple[Param, ...]
+
+    @property
+    def head_dim(self) -> int:
+        """Of queries and expanded keys."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

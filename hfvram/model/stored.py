@@ -1,4 +1,4 @@
-"""How many of a model's parameters a checkpoint's files hold: packed words unpacked, buffers, scales and copies left out."""
+"""How many of a model's parameters its files hold: packed words unpacked, buffers, scales and copies left out."""
 
 import re
 from collections.abc import Iterable
@@ -60,7 +60,11 @@ def _elements(tensor: StoredTensor, leaf: str, bits: int) -> int:
     for size in tensor.shape:
         n *= size
     word = _INTEGER_WORDS.get(tensor.dtype)
-    packed = leaf in _PACKED or leaf.endswith("_blocks") or (word == 8 and bits == 4 and leaf in ("weight", "gate_up_proj", "down_proj"))
+    packed = (
+        leaf in _PACKED
+        or leaf.endswith("_blocks")
+        or (word == 8 and bits == 4 and leaf in ("weight", "gate_up_proj", "down_proj"))
+    )
     if word and packed:
         return n * word // bits
     return n
