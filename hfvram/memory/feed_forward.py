@@ -15,6 +15,9 @@ ROUTER = Tag("router", "activations", "b·s·E·4", "transformers 5.17: MixtralT
 CHOSEN = Tag("experts, tokens by expert", "activations", "b·s·k·h·e", "transformers 5.17: grouped_mm_experts_forward")
 EXPERT = Tag("experts, gate and up", "activations", "b·s·k·2·f·e", "transformers 5.17: grouped_mm_experts_forward")
 WEIGHTED = Tag("experts, weighted outputs", "activations", "b·s·k·h·4", "transformers 5.17: grouped_mm_experts_forward")
+GATHERED = Tag(
+    "experts, weights copied for each token", "activations", "b·k·3·f·h·e", "transformers 5.17: batched_mm_experts_forward"
+)
 EXPERT_PRODUCT = Tag("experts, product", "activations", "b·s·k·f·e", "transformers 5.17: grouped_mm_experts_forward")
 
 
@@ -53,6 +56,8 @@ def mixture(t: Timeline, f: Forward, part: MixtureOfExperts) -> int:
     Every token is copied for each of its k experts; the widest moment holds gate and up twice (a masked copy), or the
     outputs in the routing weights' dtype twice (weighted, then put back in order).
     """
+    if f.past and part.fused:
+        return _gathered(t, f, part)
     chosen = f.rows * part.top_k
     e = f.element_bytes
     routed = _route(t, f, part)
@@ -86,6 +91,35 @@ def mixture(t: Timeline, f: Forward, part: MixtureOfExperts) -> int:
         total = cast
     else:
         t.free(tokens, out, ordered)
+    if part.shared_intermediate_size:
+        total = _shared(t, f, part, total)
+    t.free(*routed)
+    return total
+
+
+def _gathered(t: Timeline, f: Forward, part: MixtureOfExperts) -> int:
+    """The experts of a decoding step: generate() switches to a batched matmul, for which the weights of the chosen
+    experts are copied, once for each token.
+
+    Source: transformers 5.17, generation/utils.py (`_optimize_model_for_decode`) and integrations/moe.py
+    (`batched_mm_experts_forward`); measured on Jamba, whose peak it is.
+    """
+    chosen, e = f.rows * part.top_k, f.element_bytes
+    inner = part.latent_size or part.hidden_size
+    routed = _route(t, f, part)
+    tokens = t.alloc(chosen * inner * e, CHOSEN)
+    width = chosen * part.intermediate_size * e
+    wide = width * (2 if part.gated else 1)
+    up_weights = t.alloc(wide * inner, GATHERED)
+    first = t.alloc(wide, EXPERT)
+    product = t.alloc(width, EXPERT_PRODUCT)
+    t.free(first)
+    down_weights = t.alloc(width * inner, GATHERED)
+    t.free(up_weights)
+    down = t.alloc(chosen * inner * e, CHOSEN)
+    t.free(product, down_weights, tokens)
+    total = t.alloc(f.bytes(part.hidden_size), HIDDEN)
+    t.free(down)
     if part.shared_intermediate_size:
         total = _shared(t, f, part, total)
     t.free(*routed)
