@@ -3,6 +3,7 @@
 
     python scripts/score.py [--method formula] [--mode inference] [--only TEXT] [--worst 10]
                             [--require "peak_allocated:median=1,p95=4,max=10"] [--require exact]
+                            [--accuracy hfvram/answer/accuracy.json]
 
 Each case of fixtures/measured/h100.jsonl goes through `hfvram batch` as one request. The signed error is predicted
 over measured, less one; a refusal counts as 100 % off. Device memory that was read after some had been given back
@@ -97,6 +98,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="cases with this text in their id or group")
     parser.add_argument("--worst", type=int, default=10)
     parser.add_argument("--require", action="append", default=[])
+    parser.add_argument("--accuracy", type=Path, help="write the device errors by group to this file (accuracy.json)")
     parser.add_argument("--hfvram", default=str(Path(sys.executable).with_name("hfvram")), help="the command to score")
     options = parser.parse_args()
 
@@ -134,6 +136,15 @@ def main() -> int:
         )
     for line in not_exact[: options.worst]:
         print(f"not exact: {line}")
+
+    if options.accuracy:
+        table = {
+            name: {"cases": len(off), "low": round(min(off) / 100, 4), "high": round(max(off) / 100, 4)}
+            for name, figures in sorted(by_group.items())
+            if name != "all" and (off := figures["device"])
+        }
+        lines = (f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in table.items())
+        options.accuracy.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
     broken = []
     for bound in options.require:
