@@ -160,6 +160,14 @@ def test_images_are_a_fixed_number_of_tokens() -> None:
     assert read(model_type="vit").text.tokens == 197
     assert read(model_type="deit").text.tokens == 198
     assert read(**YOLOS_TINY).text.tokens == 50 * 83 + 101
+    # CLIP: 7 · 7 patches of 32 pixels and a class token; SigLIP: 14 · 14 without one. Text has the prompt's length.
+    assert [s.tokens for s in read(model_type="clip").stacks] == [None, 50]
+    assert [s.tokens for s in read(model_type="siglip").stacks] == [None, 196]
+
+
+def test_git_runs_its_eager_code_alone() -> None:
+    git = read(model_type="git")
+    assert {a.implementations for s in ("vision", "text") for (a,) in attentions(git, s)} == {("eager",)}
 
 
 def test_t5_has_a_position_bias_and_no_flash_attention() -> None:

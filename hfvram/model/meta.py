@@ -207,4 +207,4 @@ def _kind(module: Any, name: str, tensor: Any, head: bool) -> ParamKind:
         return "embedding"
     if isinstance(module, nn.modules.conv._ConvNd):
         return "conv"
-    return "experts" if "Experts" in of and tensor.dim() == 3 else "other"
+    return "experts" if "Experts" in of and tensor.dim() > 1 else "other"

@@ -3,6 +3,8 @@
 Source: transformers 5.17, models/git/modeling_git.py and configuration_git.py.
 """
 
+from dataclasses import replace
+
 from hfvram.errors import HfvramError, printable
 from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.config import Config
@@ -10,7 +12,7 @@ from hfvram.model.families.blocks import attention, embedding, mlp
 from hfvram.model.families.common import dtype_of, max_positions
 from hfvram.model.families.defaults import known, section
 from hfvram.model.families.vision import clip
-from hfvram.model.layers import Layer, Param, linear, norm
+from hfvram.model.layers import Attention, Layer, Param, linear, norm
 
 
 def read(config: Config, class_name: str | None) -> Architecture:
@@ -28,7 +30,7 @@ def read(config: Config, class_name: str | None) -> Architecture:
         model_type="git",
         class_name=class_name,
         task="causal",
-        stacks=(clip(seen, f"{prefix}image_encoder.vision_model."), decoder(config, seen, prefix, hidden, vocab)),
+        stacks=(tower(seen, f"{prefix}image_encoder.vision_model."), decoder(config, seen, prefix, hidden, vocab)),
         main="text",
         vocab_size=vocab,
         hidden_size=hidden,
@@ -38,6 +40,14 @@ def read(config: Config, class_name: str | None) -> Architecture:
         tied_head=tied,
         final_norm=None,
     )
+
+
+def tower(config: Config, prefix: str) -> Stack:
+    """CLIP's tower with GIT's code, which has the eager implementation alone."""
+    stack = clip(config, prefix)
+    layer = stack.layers[0] if stack.layers else Layer()
+    attention = (replace(m, implementations=("eager",)) for m in layer.mixers if isinstance(m, Attention))
+    return replace(stack, layers=(replace(layer, mixers=tuple(attention)),) * len(stack.layers))
 
 
 def decoder(config: Config, seen: Config, prefix: str, hidden: int, vocab: int) -> Stack:

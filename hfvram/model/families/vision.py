@@ -75,6 +75,7 @@ def clip(config: Config, prefix: str) -> Stack:
             *norm(f"{prefix}pre_layrnorm", hidden, True),
         ),
         layers=(clip_like(config),) * config.layers("num_hidden_layers"),
+        tokens=patches + 1,
         after=norm(f"{prefix}post_layernorm", hidden, True),
     )
 
@@ -93,6 +94,7 @@ def siglip(config: Config, prefix: str) -> Stack:
         before=blocks.convolution(f"{embeddings}.patch_embedding", hidden, config.size("num_channels"), patch, patch)
         + blocks.embedding(f"{embeddings}.position_embedding", patches, hidden),
         layers=(clip_like(config),) * config.layers("num_hidden_layers"),
+        tokens=patches,
         after=after,
     )
 
