@@ -8,6 +8,7 @@ from hfvram.errors import HfvramError, printable
 MAX_SIZE = 1 << 24
 """No width, vocabulary or head count of a real model comes near this."""
 MAX_LAYERS = 4096
+MAX_NUMBER = 1e12
 T = TypeVar("T")
 
 
@@ -67,7 +68,7 @@ class Config:
         value = self.get(*names)
         if value is None:
             return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < MAX_NUMBER:
             raise _bad(f"has {_shown(value)} for {names[0]}, not a number")
         return float(value)
 

@@ -8,7 +8,7 @@ from hfvram.errors import HfvramError, printable
 from hfvram.model.architecture import Architecture
 from hfvram.model.config import Config
 from hfvram.model.families import reader
-from hfvram.model.families.defaults import type_of_class
+from hfvram.model.families.defaults import known, type_of_class
 from hfvram.model.quantization import method
 
 UNKNOWN: Final = "unknown_architecture"
@@ -37,7 +37,7 @@ def infer(
         architecture,
         quantization=quantization,
         unquantized=unquantized,
-        generates_cache=architecture.generates_cache and _caches(config, generation),
+        generates_cache=architecture.generates_cache and _caches(known(config), generation),
         warnings=architecture.warnings + _taken_for_granted(config),
     )
 

@@ -48,8 +48,12 @@ def indexers(config: Config, layers: int) -> list[bool]:
     if config.model_type == "deepseek_v32":
         return [True] * layers
     kinds = config.strings("indexer_types")
-    if kinds is None and (pattern := config.get("index_topk_pattern")) is not None:
-        kinds = [{"F": "full", "S": "shared"}.get(str(c), str(c)) for c in pattern][:layers]
+    pattern = config.get("index_topk_pattern")
+    if kinds is None and pattern is not None:
+        # A word for each layer, or a letter.
+        words = {"F": "full", "S": "shared"}
+        letters = [words[c] for c in pattern if c in words] if isinstance(pattern, str) else None
+        kinds = letters if letters is not None else config.strings("index_topk_pattern")
     if kinds is None:
         every = config.size("index_topk_freq", default=1, low=0) or 1
         offset = config.size("index_skip_topk_offset", default=2, low=-layers)

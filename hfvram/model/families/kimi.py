@@ -3,6 +3,7 @@
 Source: transformers 5.17, models/kimi_k25/{modeling, configuration}_kimi_k25.py.
 """
 
+from hfvram.errors import HfvramError
 from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.config import Config
 from hfvram.model.families import blocks
@@ -38,8 +39,10 @@ def projector(config: Config, vision: Config, hidden: int, name: str) -> tuple[P
 
 def area(config: Config, name: str) -> int:
     """Patches in a window of (height, width)."""
-    height, width = (Config({name: side}).size(name) for side in (config.items(name) or [2, 2])[:2])
-    return height * width
+    sides = config.items(name) or [2, 2]
+    if len(sides) != 2:
+        raise HfvramError("bad_config", f"config.json: {name} is not a pair of sizes")
+    return Config({name: sides[0]}).size(name, high=4096) * Config({name: sides[1]}).size(name, high=4096)
 
 
 def tower(config: Config, prefix: str) -> Stack:

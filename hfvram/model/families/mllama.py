@@ -39,7 +39,7 @@ def stack(config: Config, prefix: str) -> Stack:
     """The text stack under `prefix`."""
     hidden, vocab = config.size("hidden_size"), config.size("vocab_size")
     text = llama.stack(config, prefix)
-    crossed = set(config.items("cross_attention_layers") or CROSS_LAYERS)
+    crossed = config.items("cross_attention_layers") or CROSS_LAYERS
     cross = cross_layer(config, hidden)
     return replace(
         text,
