@@ -3,6 +3,8 @@
 b sequences of s new tokens that attend to t, a heads of size d, a_kv KV heads, e bytes of an element.
 """
 
+from dataclasses import replace
+
 from hfvram.memory.blocks import HIDDEN, normalize, project, rotate
 from hfvram.memory.forward import Forward
 from hfvram.memory.timeline import Tag, Timeline
@@ -19,6 +21,8 @@ OUT = Tag("attention output", "activations", "b·s·a·d·e", SDPA)
 REPEATED = Tag("keys and values repeated for every head", "activations", "b·t·a·d·e", SDPA)
 BIAS = Tag("attention mask as a bias", "activations", "b·s·t·e", SDPA)
 SCORES = Tag("attention scores", "activations", "b·a·s·t·e", "transformers 5.17: eager_attention_forward")
+BUCKETS = Tag("distances and their buckets", "activations", "s·t·8", "transformers 5.17: T5Attention.compute_bias")
+RELATIVE = Tag("relative position bias", "activations", "a·s·t·e", "transformers 5.17: T5Attention.compute_bias")
 MATH = Tag("attention scores in fp32", "activations", "b·a·s·t·4", "PyTorch 2.11: _scaled_dot_product_attention_math")
 
 
@@ -48,13 +52,41 @@ def attention(t: Timeline, f: Forward, part: Attention, cache: list[int]) -> tup
         grow(t, f, part, cache)
         t.free(*key, *(value if query else []))
         key, value = [], value if not query else []
+    computed = []
+    if part.relative_bias in ("first", "own") and f.tokens > 1:
+        computed = [_relative_bias(t, f, part)]
     out, kept = kernel(t, f, part, joined)
+    if part.relative_bias == "first":
+        cache += computed
+        computed = []
     if gate:
         sigmoid, gated = t.alloc(q_bytes, OUT), t.alloc(q_bytes, OUT)
         t.free(sigmoid, out, *gate)
         out = gated
     projected = project(t, f, part.heads * part.value_dim, part.hidden_size, HIDDEN)
-    t.free(out, *query, *key, *value)
+    t.free(out, *query, *key, *value, *computed)
+    return projected, kept
+
+
+def cross_attention(t: Timeline, f: Forward, part: Attention, cache: list[int]) -> tuple[int, int | None]:
+    """Attention to an encoder's output, whose keys and values are made at the first step and stay.
+
+    The cache concatenates them with nothing, so that both stand twice for a moment; a static one copies them.
+    Source: transformers 5.17, models/bart/modeling_bart.py `BartAttention.forward`, cache_utils.py.
+    """
+    query = project(t, f, part.hidden_size, part.heads * part.head_dim, QUERY)
+    if not f.past:
+        whole = replace(f, tokens=f.source)
+        sizes = [whole.bytes(part.kv_heads * d) for d in (part.head_dim, part.value_dim)]
+        fresh = [project(t, whole, part.hidden_size, part.kv_heads * part.head_dim, KEY_VALUE) for _ in sizes]
+        cache += [t.alloc(n, CACHE) for n in sizes] + ([t.alloc(8, COUNTER)] if f.static_length else [])
+        t.free(*fresh)
+    out = t.alloc(f.bytes(part.heads * part.value_dim), OUT)
+    kept = None
+    if implementation(f, part) == "eager":
+        kept = t.alloc(f.rows * part.heads * f.source * f.element_bytes, SCORES)
+    projected = project(t, f, part.heads * part.value_dim, part.hidden_size, HIDDEN)
+    t.free(out, query)
     return projected, kept
 
 
@@ -63,7 +95,7 @@ def _heads(part: Attention) -> tuple[tuple[int, int], ...]:
 
 
 def _projection(t: Timeline, f: Forward, part: Attention, width: int, tag: Tag) -> list[int]:
-    """One projection, and its norm where the model has one; beside the queries a copy of their gate, if they have one."""
+    """One projection, and its norm where the model has one; beside the queries a copy of their gate, if they have."""
     gated = part.output_gate and tag is QUERY
     projected = project(t, f, part.hidden_size, 2 * width if gated else width, tag)
     gate = [t.alloc(f.bytes(width), tag)] if gated else []
@@ -124,7 +156,7 @@ def kernel(t: Timeline, f: Forward, part: Attention, joined: bool, masked: bool 
     if implementation(f, part) == "eager":
         copies = [t.alloc(n, REPEATED) for n in repeated] if grouped else []
         previous = [t.alloc(square * f.element_bytes, SCORES) for _ in range(2 * part.keeps_scores)]
-        weights = (_sink_softmax if part.sinks else _eager_softmax)(t, f, square)
+        weights = _sink_softmax(t, f, square) if part.sinks else _eager_softmax(t, f, part, square)
         t.free(*previous)
         heads_first = t.alloc(out_bytes, OUT)
         out = t.alloc(out_bytes, OUT)
@@ -137,7 +169,9 @@ def kernel(t: Timeline, f: Forward, part: Attention, joined: bool, masked: bool 
     if (native_groups and not f.half) or (grouped and broadcast):
         out = _math(t, f, part, q_bytes, repeated, square)
     else:
-        if masked and f.attention != "flash_attention_2":
+        if part.relative_bias and f.tokens > 1:
+            copies += _aligned_bias(t, f, part, attended)
+        elif masked and f.attention != "flash_attention_2":
             copies += _bias(t, f, attended)
         out = t.alloc(out_bytes, OUT)
         t.moment(OUT, f.batch * part.heads * f.tokens * 4)  # log-sum-exp
@@ -174,14 +208,44 @@ def _bias(t: Timeline, f: Forward, attended: int) -> list[int]:
     return [padded]
 
 
-def _eager_softmax(t: Timeline, f: Forward, square: int) -> int:
+def _relative_bias(t: Timeline, f: Forward, part: Attention) -> int:
+    """T5's bias of (heads, s, s): distances in 64 bits to buckets, five of them at once, and the buckets' rows.
+
+    Source: transformers 5.17, models/t5/modeling_t5.py `T5Attention.compute_bias`.
+    """
+    pairs = f.tokens * f.tokens
+    distance, bucket = t.alloc(pairs * 8, BUCKETS), t.alloc(pairs * 8, BUCKETS)
+    t.moment(BUCKETS, pairs * 8, pairs, pairs * 8, pairs * 8, pairs * 8)
+    bias = t.alloc(pairs * part.heads * f.element_bytes, RELATIVE)
+    t.free(distance, bucket)
+    return bias
+
+
+def _aligned_bias(t: Timeline, f: Forward, part: Attention, attended: int) -> list[int]:
+    """The bias lies with its heads side by side: the kernel is given a copy, its rows padded beyond a multiple of 8.
+
+    Source: PyTorch 2.11, aten/src/ATen/native/transformers/attention.cpp `preprocess_mask`, `pad_bias`.
+    """
+    rows = part.heads * f.tokens * f.element_bytes * (f.batch if f.masked else 1)
+    masked = [t.alloc(rows * attended, BIAS)] if f.masked else []
+    return [*masked, t.alloc(rows * (attended // 8 + 1) * 8, BIAS)]
+
+
+def _eager_softmax(t: Timeline, f: Forward, part: Attention, square: int) -> int:
     """Scores, scaled, masked, and their softmax in fp32; bf16 is cast first, fp16 within the kernel."""
     nbytes = square * f.element_bytes
     product = t.alloc(nbytes, SCORES)
     scaled = t.alloc(nbytes, SCORES)
     t.free(product)
-    biased = t.alloc(nbytes, SCORES)
-    t.free(scaled)
+    biased = scaled
+    for _ in range((part.causal or f.masked) + (part.relative_bias is not None)):
+        biased = t.alloc(nbytes, SCORES)
+        t.free(scaled)
+        scaled = biased
+    if not part.softmax_fp32:
+        weights = t.alloc(nbytes, SCORES)
+        t.free(biased)
+        return weights
     wide = t.alloc(square * 4, MATH) if f.dtype == "bf16" else None
     soft = t.alloc(square * 4, MATH)
     if wide is not None:

@@ -1,7 +1,7 @@
 """The formula engine: an architecture and a request → the timeline, in milliseconds and without torch."""
 
+from hfvram.memory import inference, seq2seq
 from hfvram.memory.forward import Forward
-from hfvram.memory.inference import encode, generate, prefill
 from hfvram.memory.timeline import Timeline
 from hfvram.memory.weights import standing
 from hfvram.model.architecture import Architecture
@@ -23,10 +23,11 @@ def timeline(architecture: Architecture, request: Request) -> Timeline:
         quant=quant,
         static_length=ctx - 1 if request.cache == "static" and request.phase == "generate" else 0,
     )
+    road = seq2seq if architecture.task == "seq2seq" else inference
     if request.phase == "encode":
-        encode(t, architecture, f)
+        road.encode(t, architecture, f)
     elif request.phase == "prefill" or not new:
-        prefill(t, architecture, f)
+        road.prefill(t, architecture, f)
     else:
-        generate(t, architecture, f, new)
+        road.generate(t, architecture, f, new)
     return t

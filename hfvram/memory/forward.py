@@ -24,6 +24,8 @@ class Forward:
     """Whether the model is given a mask of (batch, tokens) at all, as by generate()."""
     quant: str = "none"
     use_cache: bool = True
+    source: int = 0
+    """Tokens of the encoder's output, which cross attention reads."""
     static_length: int = 0
     """Tokens that a static cache holds, 0 for a dynamic one."""
 

@@ -10,11 +10,11 @@ from dataclasses import replace
 from hfvram.memory.attention import implementation, needs_mask, stored_tokens
 from hfvram.memory.blocks import HIDDEN, normalize
 from hfvram.memory.forward import Forward
-from hfvram.memory.hybrid import hybrid, is_hybrid, keeps_embedding
+from hfvram.memory.hybrid import hybrid, is_hybrid, keeps_embedding, scales_embedding
 from hfvram.memory.mixers import feed, grow_cache, mix
 from hfvram.memory.timeline import Tag, Timeline
 from hfvram.model.architecture import Architecture
-from hfvram.model.layers import Attention, FeedForward, LatentAttention, Layer
+from hfvram.model.layers import Attention, FeedForward, LatentAttention, Layer, MixtureOfExperts
 
 GENERATE = "transformers 5.17: generation/utils.py"
 IDS = Tag("token ids, mask and positions", "inputs", "b·s·8", GENERATE)
@@ -73,7 +73,9 @@ def forward(t: Timeline, architecture: Architecture, f: Forward, caches: list[li
     While decoding, a layer like one that was written already only grows its cache: the rest is alike and small.
     """
     stack = architecture.text
+    unscaled = [t.alloc(f.bytes(stack.hidden_size), HIDDEN)] if scales_embedding(stack.layers) else []
     held, embedded = _embed(t, f, architecture)
+    t.free(*unscaled)
     kept = set(held)
     if keeps_embedding(stack.layers):
         held.append(t.alloc(f.bytes(stack.hidden_size), HIDDEN))
@@ -146,15 +148,15 @@ def run_layer(t: Timeline, f: Forward, layer: Layer, hidden: int, cache: list[in
     if layer.parallel:
         return _parallel(t, f, layer, width, cache)
     residual, kept = hidden, []
-    for part in (layer.mixers, layer.feed_forward):
-        if not part:
+    for part in (*layer.mixers, layer.feed_forward):
+        if part is None:
             continue
         normed = normalize(t, f, width, layer.norm) if layer.norm_position != "post" else None
-        if part is layer.mixers:
-            out, weights = mix(t, f, layer, cache)
-            kept += weights
-        else:
+        if isinstance(part, FeedForward | MixtureOfExperts):
             out = feed(t, f, part)
+        else:
+            out, weights = mix(t, f, part, cache)
+            kept += weights
         if normed is not None:
             t.free(normed)
         if layer.norm_position != "pre":
@@ -176,7 +178,7 @@ def _fp32_residual(t: Timeline, f: Forward, layer: Layer, width: int, hidden: in
     normed = normalize(t, f, width, layer.norm)
     t.free(*cast_down)
     cast_up = [] if cast_down else [t.alloc(f.fp32_bytes(width), HIDDEN)]
-    out, kept = mix(t, f, layer, cache)
+    out, kept = mix(t, f, layer.mixers[0], cache)
     t.free(normed)
     total = t.alloc(f.fp32_bytes(width), HIDDEN)
     t.free(out, *cast_up, *kept)
@@ -185,7 +187,7 @@ def _fp32_residual(t: Timeline, f: Forward, layer: Layer, width: int, hidden: in
 
 def _parallel(t: Timeline, f: Forward, layer: Layer, width: int, cache: list[int]) -> int:
     normed = normalize(t, f, width, layer.norm)
-    mixed, kept = mix(t, f, layer, cache)
+    mixed, kept = mix(t, f, layer.mixers[0], cache)
     fed = feed(t, f, layer.feed_forward) if layer.feed_forward else mixed
     both = t.alloc(f.bytes(width), HIDDEN)
     total = t.alloc(f.bytes(width), HIDDEN)

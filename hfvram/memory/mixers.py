@@ -1,6 +1,6 @@
 """Which function writes the memory of which kind of layer: the one place where kinds and their formulas meet."""
 
-from hfvram.memory.attention import attention, grow
+from hfvram.memory.attention import attention, cross_attention, grow
 from hfvram.memory.feed_forward import feed_forward, mixture
 from hfvram.memory.forward import Forward
 from hfvram.memory.latent import cached_attention, latent_attention
@@ -17,16 +17,17 @@ from hfvram.model.layers import (
     LightningAttention,
     Mamba1,
     Mamba2,
+    Mixer,
     MixtureOfExperts,
     ShortConv,
 )
 
 
-def mix(t: Timeline, f: Forward, layer: Layer, cache: list[int]) -> tuple[int, list[int]]:
-    """The mixers of a layer, one after the other. Returns the output's handle, and what the layer keeps to its end."""
-    part = layer.mixers[0]
+def mix(t: Timeline, f: Forward, part: Mixer, cache: list[int]) -> tuple[int, list[int]]:
+    """One mixer of a layer. Returns the output's handle, and what the layer keeps to its end."""
     if isinstance(part, Attention):
-        out, kept = attention(t, f, part, cache)
+        run = cross_attention if part.kind == "cross_attention" else attention
+        out, kept = run(t, f, part, cache)
         return out, [] if kept is None else [kept]
     if isinstance(part, LatentAttention):
         out, kept = latent_attention(t, f, part, cache)
@@ -51,7 +52,7 @@ def grow_cache(t: Timeline, f: Forward, layer: Layer, cache: list[int]) -> None:
     for part in layer.mixers:
         if isinstance(part, LatentAttention):
             grow(t, f, cached_attention(part), cache)
-        elif isinstance(part, Attention) and part.cached:
+        elif isinstance(part, Attention) and part.cached and part.kind != "cross_attention":
             grow(t, f, part, cache)
 
 

@@ -78,6 +78,11 @@ class Attention:
     """What the model's code can run, the first being what it falls back to."""
     position_bias: bool = False
     """A bias of shape (heads, s, s) is added to the scores: ALiBi, T5's buckets."""
+    relative_bias: Literal["first", "later", "own"] | None = None
+    """T5's learned bias for every pair of positions: computed in the first layer and kept for the later ones, or each
+    layer's own (UMT5)."""
+    softmax_fp32: bool = True
+    """Eager attention's softmax is in fp32, whatever the scores are in."""
     softcap: bool = False
     output_gate: bool = False
     """The queries' projection is doubled: its second half gates the output (Qwen3-Next)."""

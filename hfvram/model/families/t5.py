@@ -3,6 +3,9 @@
 Source: transformers 5.17, models/{t5, mt5, umt5}/modeling_*.py and configuration_*.py.
 """
 
+from dataclasses import replace
+from typing import Literal
+
 from hfvram.errors import HfvramError, printable
 from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.config import Config
@@ -11,6 +14,7 @@ from hfvram.model.families.common import dtype_of, max_positions, num_labels
 from hfvram.model.families.defaults import known
 from hfvram.model.layers import Attention, FeedForward, Layer, Param, linear, norm
 
+RelativeBias = Literal["first", "later", "own"]
 FAMILIES = {"t5": "T5", "mt5": "MT5", "umt5": "UMT5"}
 HEADS = (
     "ForConditionalGeneration",
@@ -68,7 +72,9 @@ def head(config: Config, kind: str, hidden: int) -> tuple[Param, ...]:
 
 def stack(config: Config, name: str, path: str, hidden: int, depth: int, before: tuple[Param, ...]) -> Stack:
     """Encoder or decoder. T5 learns a position bias in the first layer and uses it in all; UMT5 learns one in each."""
-    first, rest = layer(config, name, hidden, True), layer(config, name, hidden, config.model_type == "umt5")
+    own = config.model_type == "umt5"
+    first = layer(config, name, hidden, "own" if own else "first")
+    rest = first if own else layer(config, name, hidden, "later")
     return Stack(
         name=name,
         prefix=f"{path}.block",
@@ -79,23 +85,23 @@ def stack(config: Config, name: str, path: str, hidden: int, depth: int, before:
     )
 
 
-def layer(config: Config, stack: str, hidden: int, learns_bias: bool) -> Layer:
+def layer(config: Config, stack: str, hidden: int, bias: RelativeBias) -> Layer:
     decodes = stack == "decoder"
     cross = (scores(config, "layer.1.EncDecAttention", hidden, "cross_attention"),) if decodes else ()
     last = 2 if decodes else 1
     norms = tuple(p for i in range(last + 1) for p in norm(f"layer.{i}.layer_norm", hidden))
     return Layer(
-        mixers=(self_attention(config, hidden, decodes, learns_bias), *cross),
+        mixers=(self_attention(config, hidden, decodes, bias), *cross),
         feed_forward=feed_forward(config, f"layer.{last}.DenseReluDense", hidden),
         params=norms,
     )
 
 
-def self_attention(config: Config, hidden: int, decodes: bool, learns_bias: bool) -> Attention:
+def self_attention(config: Config, hidden: int, decodes: bool, kind: RelativeBias) -> Attention:
     name, heads = "layer.0.SelfAttention", config.size("num_heads", "num_attention_heads")
     buckets = config.size("relative_attention_num_buckets")
-    bias = embedding(f"{name}.relative_attention_bias", buckets, heads) if learns_bias else ()
-    return scores(config, name, hidden, "full_attention", decodes, decodes, bias)
+    bias = embedding(f"{name}.relative_attention_bias", buckets, heads) if kind != "later" else ()
+    return replace(scores(config, name, hidden, "full_attention", decodes, decodes, bias), relative_bias=kind)
 
 
 def scores(
@@ -118,6 +124,7 @@ def scores(
         causal=causal,
         cached=cached,
         position_bias=True,
+        softmax_fp32=False,
         implementations=("sdpa", "eager"),
         extra=extra,
     )
