@@ -25,6 +25,11 @@ def keeps_embedding(layers: tuple[Layer, ...]) -> bool:
     return any(is_hybrid(layer) and isinstance(layer.mixers[0], Attention) for layer in layers)
 
 
+def scales_embedding(layers: tuple[Layer, ...]) -> bool:
+    """Whether the embedding is multiplied by a constant, and only the product held (Falcon-H1)."""
+    return any(isinstance(m, Mamba2) and m.multipliers for layer in layers[:1] for m in layer.mixers)
+
+
 def hybrid(t: Timeline, f: Forward, layer: Layer, hidden: int, cache: list[int]) -> int:
     """One such layer: its output's handle; `hidden`, its input, is the caller's to free.
 

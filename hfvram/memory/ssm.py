@@ -98,7 +98,7 @@ def _scan_by_head(t: Timeline, f: Forward, part: Mamba1) -> tuple[int, int]:
 
 
 def _selective_scan(t: Timeline, f: Forward, inner: int, d_state: int, transposed: bool) -> tuple[int, int]:
-    """`selective_scan_fn`: contiguous copies of x (if it is transposed), B, C and gate, and states at every 2,048 tokens.
+    """`selective_scan_fn`: contiguous copies of x (if it is transposed), B, C and gate, and states every 2,048 tokens.
 
     Returns the handles of the output and of those states, of which the last is a view.
     """
@@ -141,19 +141,22 @@ def mamba2(t: Timeline, f: Forward, part: Mamba2, states: list[int]) -> int:
 def _chunk_scan(t: Timeline, f: Forward, part: Mamba2) -> tuple[int, int]:
     """`mamba_chunk_scan_combined`: cumulative decays, states of every chunk (fp32, then in the computing dtype), C·B.
 
-    Triton times its variants at the first launch of each kernel and holds a buffer meanwhile; the fullest moments of
-    that are where states are passed from chunk to chunk, and the scan itself. Returns output and final states.
+    Triton times its variants at the first launch of each of the five kernels, and holds a buffer meanwhile. Returns
+    output and final states.
     """
     chunks = f.batch * -(-f.tokens // part.chunk_size)
     positions = chunks * part.chunk_size
     state = part.d_inner * part.d_state
     decays = [t.alloc(positions * part.heads * 4, SCAN) for _ in range(2)]
+    tune(t, "chunk cumsum", part.chunk_size, part.heads)
     by_chunk = t.alloc(chunks * state * 4, SCAN)
+    tune(t, "chunk state", part.chunk_size, part.head_dim, part.d_state)
     passed = t.alloc(chunks * state * f.element_bytes, SCAN)
     last = t.alloc(f.batch * state * 4, SCAN)
     tune(t, "state passing", part.head_dim * part.d_state)
     t.free(by_chunk)
     products = t.alloc(positions * part.groups * part.chunk_size * 4, SCAN)
+    tune(t, "chunk products", part.chunk_size, part.d_state)
     out = t.alloc(f.bytes(part.d_inner), SCANNED)
     tune(t, "chunk scan", part.chunk_size, part.head_dim, part.d_state)
     t.free(decays[1], passed, products, decays[0])
