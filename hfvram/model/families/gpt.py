@@ -1,10 +1,10 @@
-"""The GPT line before Llama: GPT-2, GPT-BigCode, GPT-Neo, GPT-J, CodeGen, GPT-NeoX, OPT, BLOOM, Falcon, MPT.
+"""The GPT line before Llama: GPT-2, GPT-BigCode, GPT-Neo, GPT-J, CodeGen, GPT-NeoX (and, in `bloom.py`, its kin).
 
 LayerNorm, a feed-forward without a gate, positions that are learned, rotated or a bias, projections often fused.
 Source: transformers 5.17, models/*/modeling_*.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from hfvram.model.config import Config
 from hfvram.model.families import blocks
 from hfvram.model.families.common import causal_head, dtype_of, max_positions, rotary
 from hfvram.model.families.defaults import class_of, known, prefix_of
-from hfvram.model.layers import FeedForward, Layer, Param, Rotary, linear, norm
+from hfvram.model.layers import FeedForward, Layer, Param, Rotary, norm
 
 EAGER: dict[str, Any] = {"implementations": ("eager",)}
 EAGER_OR_FLASH: dict[str, Any] = {"implementations": ("eager", "flash_attention_2")}
@@ -32,12 +32,19 @@ class Decoder(NamedTuple):
     token_head: str = "classifier"
 
 
+Build = Callable[[Config, int], Decoder]
+
+
 def read(config: Config, class_name: str | None) -> Architecture:
-    config = known(config)
+    return whole(known(config), class_name, DECODERS)
+
+
+def whole(config: Config, class_name: str | None, decoders: Mapping[str, Build]) -> Architecture:
+    """The model around the decoder that its type builds."""
     class_name = class_of(config, class_name)
     prefix, vocab = prefix_of(config, class_name), config.size("vocab_size")
     hidden = config.size("n_embed", "hidden_size")
-    decoder = DECODERS[config.model_type](config, hidden)
+    decoder = decoders[config.model_type](config, hidden)
     head, tied, _ = causal_head(
         config, class_name, decoder.head_width or hidden, vocab, decoder.head_bias, token_head=decoder.token_head
     )
@@ -204,123 +211,11 @@ def gpt_neox(config: Config, hidden: int) -> Decoder:
     return Decoder((block,) * config.layers("num_hidden_layers"), before, after, module="layers")
 
 
-def opt(config: Config, hidden: int) -> Decoder:
-    """Learned positions, two of them reserved; OPT-350m norms after, and projects its narrower embedding."""
-    bias, affine = config.flag("enable_bias", default=True), config.flag("layer_norm_elementwise_affine", default=True)
-    first = config.flag("do_layer_norm_before", default=True)
-    narrow = config.size("word_embed_proj_dim", default=hidden)
-    attention = blocks.attention(
-        "self_attn",
-        hidden,
-        **heads_of(config, hidden),
-        bias=bias,
-        projections=("q_proj", "k_proj", "v_proj", "out_proj"),
-    )
-    feed = blocks.mlp(
-        "fc1", "fc2", hidden, config.size("ffn_dim"), config.text("activation_function", default="relu"), bias
-    )
-    norms = two_norms("self_attn_layer_norm", "final_layer_norm", hidden) if affine else ()
-    block = replace(layer(attention, feed, norms), norm_position="pre" if first else "post")
-    before = blocks.embedding("decoder.embed_tokens", config.size("vocab_size"), narrow) + blocks.embedding(
-        "decoder.embed_positions", positions_of(config) + 2, hidden
-    )
-    if narrow != hidden:
-        before += linear("decoder.project_out", hidden, narrow) + linear("decoder.project_in", narrow, hidden)
-    last = first and affine and not config.flag("_remove_final_layer_norm")
-    after = norm("decoder.final_layer_norm", hidden, True) if last else ()
-    layers = config.layers("num_hidden_layers")
-    return Decoder((block,) * layers, before, after, "decoder.layers", head_width=narrow, token_head="score")
-
-
-def bloom(config: Config, hidden: int) -> Decoder:
-    """Positions are a bias (ALiBi); a norm follows the embedding."""
-    attention = blocks.fused_attention(
-        "self_attention",
-        hidden,
-        **heads_of(config, hidden),
-        bias=True,
-        projections=("query_key_value", "dense"),
-        position_bias=True,
-        keeps_scores=True,
-        **EAGER,
-    )
-    feed = blocks.mlp("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", hidden, 4 * hidden, "gelu_bloom")
-    block = layer(attention, feed, two_norms("input_layernorm", "post_attention_layernorm", hidden))
-    before = blocks.embedding("word_embeddings", config.size("vocab_size"), hidden) + norm(
-        "word_embeddings_layernorm", hidden, True
-    )
-    return Decoder((block,) * config.layers("num_hidden_layers"), before, norm("ln_f", hidden, True))
-
-
-def falcon(config: Config, hidden: int) -> Decoder:
-    """Falcon-7B shares one key and value head; the new decoder (40B, 180B) has groups, and a norm for each branch."""
-    sizes, bias = heads_of(config, hidden), config.flag("bias")
-    new, parallel = config.flag("new_decoder_architecture"), config.flag("parallel_attn", default=True)
-    alibi = config.flag("alibi")
-    if new:
-        kv_heads = config.size("num_kv_heads", default=sizes["heads"])
-    else:
-        kv_heads = 1 if config.flag("multi_query", default=True) else sizes["heads"]
-    attention = blocks.fused_attention(
-        "self_attention",
-        hidden,
-        **sizes,
-        kv_heads=kv_heads,
-        bias=bias,
-        projections=("query_key_value", "dense"),
-        rotary=None if alibi else rotary(config, sizes["head_dim"]),
-        position_bias=alibi,
-        groups="expanded" if new else "broadcast",
-    )
-    width = config.size("ffn_hidden_size", default=4 * hidden)
-    feed = blocks.mlp(
-        "mlp.dense_h_to_4h", "mlp.dense_4h_to_h", hidden, width, config.text("activation", default="gelu"), bias
-    )
-    norms = config.size("num_ln_in_parallel_attn", default=2 if new else 1)
-    if not parallel:
-        params = two_norms("post_attention_layernorm", "input_layernorm", hidden)
-    else:
-        params = two_norms("ln_attn", "ln_mlp", hidden) if norms == 2 else norm("input_layernorm", hidden, True)
-    block = layer(
-        replace(attention, params=_own_linear(attention.params)),
-        replace(feed, params=_own_linear(feed.params)),
-        params,
-        parallel=parallel or new,
-    )
-    before = blocks.embedding("word_embeddings", config.size("vocab_size"), hidden)
-    return Decoder((block,) * config.layers("num_hidden_layers"), before, norm("ln_f", hidden, True))
-
-
-def _own_linear(params: tuple[Param, ...]) -> tuple[Param, ...]:
-    """Falcon's layers are a subclass of `nn.Linear`."""
-    return tuple(replace(p, kind="linear_subclass") if p.kind == "linear" else p for p in params)
-
-
-def mpt(config: Config, hidden: int) -> Decoder:
-    """ALiBi, and no bias anywhere."""
-    attention = blocks.fused_attention(
-        "attn",
-        hidden,
-        **heads_of(config, hidden),
-        projections=("Wqkv", "out_proj"),
-        position_bias=True,
-        **EAGER,
-    )
-    feed = blocks.mlp("ffn.up_proj", "ffn.down_proj", hidden, 4 * hidden, "gelu", bias=False)
-    block = layer(attention, feed, two_norms("norm_1", "norm_2", hidden, bias=False))
-    before = blocks.embedding("wte", config.size("vocab_size"), hidden)
-    return Decoder((block,) * config.layers("num_hidden_layers"), before, norm("norm_f", hidden), module="blocks")
-
-
-DECODERS: dict[str, Callable[[Config, int], Decoder]] = {
+DECODERS: dict[str, Build] = {
     "gpt2": gpt2,
     "gpt_bigcode": gpt2,
     "gpt_neo": gpt_neo,
     "gptj": gptj,
     "codegen": gptj,
     "gpt_neox": gpt_neox,
-    "opt": opt,
-    "bloom": bloom,
-    "falcon": falcon,
-    "mpt": mpt,
 }
