@@ -22,6 +22,14 @@ ROUND_SEGMENT = 2 << 20
 # A block is a list, the quickest record that Python has: size, address, whether it is free, its neighbours, its pool.
 SIZE, ADDRESS, FREE, BEFORE, AFTER, POOL = range(6)
 Block = list[Any]
+Pool = list[tuple[int, int, Block]]
+
+
+def segment_bytes(size: int) -> int:
+    """What is asked of the driver for a block of this (rounded) size that no free block can serve."""
+    if size <= SMALL:
+        return SMALL_SEGMENT
+    return LARGE_SEGMENT if size < LARGE else -(-size // ROUND_SEGMENT) * ROUND_SEGMENT
 
 
 def segment_bytes(size: int) -> int:
@@ -32,36 +40,34 @@ def segment_bytes(size: int) -> int:
 
 
 class Allocator:
-    """One device's allocator, for one stream. `allocated` and `reserved` are bytes now, `peak_…` at their fullest."""
+    """One device's allocator. `allocated` and `reserved` are bytes now, `peak_allocated` at their fullest.
 
-    __slots__ = ("allocated", "end", "large", "peak_allocated", "reserved", "small")
+    Free blocks lie in pools, of small and of large ones for each stream: what one stream freed, no other gets.
+    """
+
+    __slots__ = ("allocated", "end", "peak_allocated", "pools", "reserved")
 
     def __init__(self) -> None:
         self.allocated = self.reserved = self.peak_allocated = 0
         self.end = 0
-        self.small: list[tuple[int, int, Block]] = []
-        self.large: list[tuple[int, int, Block]] = []
+        self.pools: dict[int, tuple[Pool, Pool]] = {0: ([], [])}
 
-    def malloc(self, nbytes: int) -> Block:
+    def malloc(self, nbytes: int, stream: int = 0) -> Block:
         size = (nbytes + 511) & ~511 or 512
-        pool = self.small if size <= SMALL else self.large
+        pools = self.pools.get(stream) or self.pools.setdefault(stream, ([], []))
+        small = size <= SMALL
+        pool = pools[0] if small else pools[1]
         at = bisect_left(pool, (size,))
         if at < len(pool):
             block = pool.pop(at)[2]
             block[FREE] = False
         else:
-            segment = (
-                SMALL_SEGMENT
-                if size <= SMALL
-                else LARGE_SEGMENT
-                if size < LARGE
-                else -(-size // ROUND_SEGMENT) * ROUND_SEGMENT
-            )
+            segment = segment_bytes(size)
             block = [segment, self.end, False, None, None, pool]
             self.end += segment
             self.reserved += segment
         rest = block[SIZE] - size
-        if rest > SMALL or (rest and pool is self.small):
+        if rest > SMALL or (rest and small):
             after = block[AFTER]
             remainder = [rest, block[ADDRESS] + size, True, block, after, pool]
             if after is not None:
@@ -96,7 +102,7 @@ class Allocator:
 
     def empty_cache(self) -> None:
         """Give back every segment that is wholly free (`torch.cuda.empty_cache`), and forget the peak."""
-        for pool in (self.small, self.large):
+        for pool in (pool for pools in self.pools.values() for pool in pools):
             whole = [x for x in pool if x[2][BEFORE] is None and x[2][AFTER] is None]
             self.reserved -= sum(x[0] for x in whole)
             pool[:] = [x for x in pool if x[2][BEFORE] is not None or x[2][AFTER] is not None]
@@ -107,10 +113,12 @@ class Allocator:
         other = Allocator()
         other.allocated, other.reserved, other.peak_allocated = self.allocated, self.reserved, self.peak_allocated
         other.end = self.end
-        for mine, pool in ((self.small, other.small), (self.large, other.large)):
-            for size, address, block in mine:
-                sides = [None if side is None else [0, 0, False, None, None, pool] for side in block[BEFORE:POOL]]
-                pool.append((size, address, [size, address, True, *sides, pool]))
+        for stream, pools in self.pools.items():
+            other.pools[stream] = ([], [])
+            for mine, pool in zip(pools, other.pools[stream], strict=True):
+                for size, address, block in mine:
+                    sides = [None if side is None else [0, 0, False, None, None, pool] for side in block[BEFORE:POOL]]
+                    pool.append((size, address, [size, address, True, *sides, pool]))
         return other
 
 
@@ -137,15 +145,20 @@ def stand(standing: Standing) -> Allocator:
 def replay(timeline: Timeline) -> Peaks:
     """Run a timeline through the allocator."""
     allocator = stand(timeline.standing).copy()
-    malloc, free, sizes = allocator.malloc, allocator.free, timeline.sizes
+    malloc, free, sizes, streams = allocator.malloc, allocator.free, timeline.sizes, timeline.streams
     blocks: dict[int, Block] = {}
-    peak, peak_event = allocator.allocated, 0
-    for i, event in enumerate(timeline.events, 1):
-        if event >= 0:
-            if nbytes := sizes[event]:
-                blocks[event] = malloc(nbytes)
-                if allocator.allocated > peak:
-                    peak, peak_event = allocator.allocated, i
-        elif (block := blocks.pop(~event, None)) is not None:
-            free(block)
-    return Peaks(peak, allocator.reserved, peak_event)
+    peak, peak_event, reserved, start = allocator.allocated, 0, allocator.reserved, 0
+    for stop in (*timeline.restarts, len(timeline.events)):
+        if start:
+            allocator.empty_cache()
+            peak, peak_event, reserved = allocator.allocated, start, allocator.reserved
+        for i, event in enumerate(timeline.events[start:stop], start + 1):
+            if event >= 0:
+                if nbytes := sizes[event]:
+                    blocks[event] = malloc(nbytes, streams[event]) if event in streams else malloc(nbytes)
+                    if allocator.allocated > peak:
+                        peak, peak_event = allocator.allocated, i
+            elif (block := blocks.pop(~event, None)) is not None:
+                free(block)
+        start = stop
+    return Peaks(peak, max(reserved, allocator.reserved), peak_event)

@@ -43,7 +43,18 @@ class Timeline:
     An allocation is an index into `sizes` and `tags`; a free is its complement (`~index`). `marks` name phases.
     """
 
-    __slots__ = ("cache_bytes", "events", "marks", "sizes", "standing", "symbols", "tags", "tuned")
+    __slots__ = (
+        "cache_bytes",
+        "events",
+        "marks",
+        "restarts",
+        "sizes",
+        "standing",
+        "streams",
+        "symbols",
+        "tags",
+        "tuned",
+    )
 
     def __init__(self, standing: Standing) -> None:
         self.standing = standing
@@ -51,6 +62,10 @@ class Timeline:
         self.tags: list[Tag] = []
         self.events: list[int] = []
         self.marks: list[tuple[int, str]] = []
+        self.streams: dict[int, int] = {}
+        """The CUDA stream of an allocation, where it is not the default one (0)."""
+        self.restarts: list[int] = []
+        """After how many events unused memory is given back and the peaks start anew."""
         self.symbols: dict[str, int] = {}
         """What the symbols of the formulas stand for."""
         self.tuned: set[tuple[object, ...]] = set()
@@ -72,6 +87,10 @@ class Timeline:
     def moment(self, tag: Tag, *sizes: int) -> None:
         """Allocate these together, and free them at once."""
         self.free(*[self.alloc(n, tag) for n in sizes])
+
+    def restart(self) -> None:
+        """Give back what is unused, and start the peaks anew: the model stands, what follows is the request."""
+        self.restarts.append(len(self.events))
 
     def mark(self, phase: str) -> None:
         """What follows belongs to this phase."""
