@@ -32,13 +32,6 @@ def segment_bytes(size: int) -> int:
     return LARGE_SEGMENT if size < LARGE else -(-size // ROUND_SEGMENT) * ROUND_SEGMENT
 
 
-def segment_bytes(size: int) -> int:
-    """What is asked of the driver for a block of this (rounded) size that no free block can serve."""
-    if size <= SMALL:
-        return SMALL_SEGMENT
-    return LARGE_SEGMENT if size < LARGE else -(-size // ROUND_SEGMENT) * ROUND_SEGMENT
-
-
 class Allocator:
     """One device's allocator. `allocated` and `reserved` are bytes now, `peak_allocated` at their fullest.
 
