@@ -238,6 +238,7 @@ BAD: list[tuple[str | None, dict[str, Any], str, str]] = [
     (None, {"model_type": "albert", "inner_group_num": 4096}, "bad_config", "4096"),
     (None, {"model_type": "t5", "feed_forward_proj": "a-b-c"}, "bad_config", "feed_forward_proj"),
     (None, {"model_type": "vit", "image_size": [1, 2, 3]}, "bad_config", "image_size"),
+    (None, {"model_type": "dinov2", "mlp_ratio": -3}, "bad_config", "mlp_ratio"),
     (None, {"model_type": "wav2vec2", "conv_dim": [1]}, "bad_config", "conv_dim"),
 ]
 

@@ -274,6 +274,8 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({**CODESTRAL, "num_heads": 100}, "bad_config", "100 heads"),
     ({**CODESTRAL, "n_groups": 7}, "bad_config", "7 groups"),
     ({**FALCON_H1, "mamba_d_head": 65}, "bad_config", "mamba_d_head"),
+    ({**LFM2, "block_ffn_dim_multiplier": -4}, "bad_config", "block_ffn_dim_multiplier"),
+    ({"model_type": "bamba", "attn_layer_indices": [[1]], "mamba_d_conv": 0}, "bad_config", "mamba_d_conv"),
     ({**JAMBA, "attn_layer_offset": 8}, "bad_config", "attn_layer_offset"),
     ({**NANO, "hybrid_override_pattern": "M" * 5000}, "bad_config", "hybrid_override_pattern"),
     ({"model_type": "qwen3_5_text", "architectures": ["Qwen3_5ForConditionalGeneration"]}, "unknown_architecture", ""),

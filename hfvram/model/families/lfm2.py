@@ -75,9 +75,9 @@ def width(config: Config) -> int:
     given = config.size("block_ff_dim", "intermediate_size")
     if config.model_type == "lfm2_moe" or not config.flag("block_auto_adjust_ff_dim"):
         return config.size("intermediate_size") if config.model_type == "lfm2_moe" else given
-    given = int(2 * given / 3)
-    multiple = config.size("block_multiple_of")
-    return -(-int(config.number("block_ffn_dim_multiplier", default=1.0) * given) // multiple) * multiple
+    factor, multiple = config.number("block_ffn_dim_multiplier", default=1.0), config.size("block_multiple_of")
+    scaled = -(-int(factor * int(2 * given / 3)) // multiple) * multiple
+    return Config({"block_ffn_dim_multiplier": scaled}).size("block_ffn_dim_multiplier")
 
 
 def experts(config: Config, hidden: int) -> MixtureOfExperts:

@@ -122,7 +122,8 @@ def layer(config: Config, hidden: int) -> Layer:
 
 def dinov2_layer(config: Config, hidden: int) -> Layer:
     """Each part is scaled by a learned vector; the feed-forward may be gated (SwiGLU), two thirds as wide."""
-    width = int(hidden * config.number("mlp_ratio", default=4))
+    scaled = int(hidden * config.number("mlp_ratio", default=4))
+    width = Config({"mlp_ratio": scaled}).size("mlp_ratio")
     feed = mlp("mlp.fc1", "mlp.fc2", hidden, width, config.text("hidden_act", default="gelu"))
     if config.flag("use_swiglu_ffn"):
         width = (int(width * 2 / 3) + 7) // 8 * 8
