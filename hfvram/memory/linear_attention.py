@@ -229,15 +229,15 @@ def rg_lru(t: Timeline, f: Forward, part: RGLRU, states: list[int]) -> int:
         keep(t, f, states, f.batch * part.width * 4, STATE)
     convolved = t.alloc(f.batch * (f.tokens + part.d_conv - 1) * part.width * f.element_bytes, GATES)
     t.free(x)
-    gates, product = [], None
+    gates, products = [], list[int]()
     for _ in range(2):  # input gate, recurrent gate
-        last, product = product, t.alloc(wide, GATES)
-        t.free(*([] if last is None else [last]))
+        products.append(t.alloc(wide, GATES))
+        t.free(*products[:-1])
         contiguous = t.alloc(wide, GATES)
         gates.append(t.alloc(wide, GATES))
         t.free(contiguous)
     # The gate's logarithm, its exponential and its square's, gated inputs, multiplier, normalized inputs, reset gate.
-    held = [branch, convolved, gates[0], product, *[t.alloc(wide, GATES) for _ in range(7)]]
+    held = [branch, convolved, gates[0], products[-1], *[t.alloc(wide, GATES) for _ in range(7)]]
     t.free(gates[1])
     out = t.alloc(wide, GATES)
     t.free(*held[1:])
