@@ -1,5 +1,6 @@
 """What a request leaves open, decided by the model: context, phase, dtypes; what goes against it is told."""
 
+from hfvram.answer.supported import ON_LOADING
 from hfvram.errors import HfvramError
 from hfvram.memory.attention import implementation
 from hfvram.memory.forward import Forward
@@ -32,6 +33,12 @@ def resolve(architecture: Architecture, request: Request) -> tuple[Request, list
     own = architecture.quantization or "none"
     if own != "none" and request.quant not in ("auto", "none", own):
         raise HfvramError("usage", f"--quant {request.quant}: the checkpoint is {own} already, valid are auto and none")
+    if request.quant not in ("auto", "none", own, *ON_LOADING):
+        valid = ", ".join(("none", *ON_LOADING))
+        raise HfvramError("usage", f"--quant {request.quant} is not supported yet: this version answers {valid}")
+    if request.kv_dtype not in ("auto", dtype):
+        why = f"this version keeps the cache in the computing dtype, here {dtype}"
+        raise HfvramError("usage", f"--kv-dtype {request.kv_dtype} is not supported yet: {why}")
     if request.quant == "auto" and own != "none":
         warnings.append(_quantized(own))
     attention = _attention(architecture, request)

@@ -9,8 +9,6 @@ SUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
     "mode": ("inference",),
     "engine": ("transformers",),
     "method": ("auto", "formula", "guide"),
-    "quant": ("auto", "none", "nf4", "fp4", "int8"),
-    "kv_dtype": ("auto",),
     "cache": ("dynamic", "static"),
     "gpus": (None, 1),
     "tp": (1,),
@@ -22,7 +20,12 @@ SUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
     "fsdp": (None,),
     "offload": ((),),
 }
-TRAINING: Final = ("gradient_checkpointing", "mixed_precision", "grad_accum")
+TRAINING: Final = (
+    *("gradient_checkpointing", "mixed_precision", "grad_accum", "optimizer"),
+    *("lora_r", "lora_targets", "lora_dropout", "adapter_dtype"),
+)
+ON_LOADING: Final = ("nf4", "fp4", "int8")
+"""Quantizations that are made while a model is loaded; all others are the checkpoint's own."""
 
 
 def check(request: Request) -> None:
