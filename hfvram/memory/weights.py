@@ -17,7 +17,9 @@ PACKED = Tag("weights, packed", "weights", "", "stored formats of GPTQ, AWQ, com
 ADAPTER = Tag("adapter", "weights", "", "PEFT 0.18: half precision is cast to fp32 when it is loaded", "exact")
 BUFFERS = Tag("buffers", "buffers", "", "the model's own tensors", "exact")
 
-LINEAR = ("linear", "linear_subclass")
+LINEAR = ("linear",)
+"""bitsandbytes replaces `nn.Linear` itself and GPT-2's `Conv1D`, no subclass (transformers 5.17, integrations/bitsandbytes.py)."""
+BUFFER_BYTES = {"bool": 1, "int32": 4, "int64": 8, "complex64": 8, "uint8": 1, "int8": 1, "fp64": 8}
 BLOCK, NESTED_BLOCK = 64, 256
 GROUP = 128
 DEQUANTIZED = ("mxfp4",)
@@ -72,9 +74,9 @@ def param_bytes(param: Param, dtype: str, quant: str, double_quant: bool) -> tup
     if param.kind in LINEAR and quant == "int8":
         return ((n, QUANTIZED), (param.shape[0] * 4, SCALES))
     bits = packed_bits(quant)
-    if bits and quant not in DEQUANTIZED and param.kind in (*LINEAR, "experts") and len(param.shape) > 1:
+    if bits and quant not in DEQUANTIZED and param.kind in ("linear", "linear_subclass", "experts") and len(param.shape) > 1:
         return ((int(n * bits / 8), PACKED),)
-    nbytes = n * ELEMENT_BYTES.get(param.dtype or dtype, 1)
+    nbytes = n * {**ELEMENT_BYTES, **BUFFER_BYTES}[param.dtype or dtype]
     return ((nbytes, {"buffer": BUFFERS, "adapter": ADAPTER}.get(param.kind, WEIGHTS)),)
 
 
