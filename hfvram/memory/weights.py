@@ -74,7 +74,12 @@ def param_bytes(param: Param, dtype: str, quant: str, double_quant: bool) -> tup
     if param.kind in LINEAR and quant == "int8":
         return ((n, QUANTIZED), (param.shape[0] * 4, SCALES))
     bits = packed_bits(quant)
-    if bits and quant not in DEQUANTIZED and param.kind in ("linear", "linear_subclass", "experts") and len(param.shape) > 1:
+    if (
+        bits
+        and quant not in DEQUANTIZED
+        and param.kind in ("linear", "linear_subclass", "experts")
+        and len(param.shape) > 1
+    ):
         return ((int(n * bits / 8), PACKED),)
     nbytes = n * {**ELEMENT_BYTES, **BUFFER_BYTES}[param.dtype or dtype]
     return ((nbytes, {"buffer": BUFFERS, "adapter": ADAPTER}.get(param.kind, WEIGHTS)),)
@@ -93,5 +98,6 @@ def standing(architecture: Architecture, dtype: str, quant: str, double_quant: b
     tensors: list[tuple[int, Tag]] = []
     for param in architecture.all_params:
         left = any(matches(param.name, pattern) for pattern in skipped)
-        tensors += param_bytes(param, dtype, "none" if left else quant, double_quant)
+        wide = dtype == "fp16" and any(matches(param.name, part) for part in architecture.fp32_in_fp16)
+        tensors += param_bytes(param, "fp32" if wide else dtype, "none" if left else quant, double_quant)
     return Standing(tuple(tensors))

@@ -1,0 +1,38 @@
+"""The model as the tracker sees it built: on meta, its weights and buffers in the order of construction."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from hfvram.memory.exact.tracker import Tracker
+from hfvram.memory.timeline import Tag
+from hfvram.model import meta
+
+OWN = "the model's own tensors"
+
+
+def build(tracker: Tracker, config: Mapping[str, Any], class_name: str, dtype: str, attention: str) -> Any:
+    """The model on meta, tracked while it is built; what stands then are weights and buffers.
+
+    Raises `missing_extra`, `unknown_architecture` and `bad_config` as `meta.build` does.
+    """
+    tracker.category = "weights"
+    with tracker:
+        model = meta.build({**config, "_attn_implementation": attention}, class_name, dtype)
+    name_tensors(tracker, model)
+    tracker.category = "activations"
+    return model
+
+
+def name_tensors(tracker: Tracker, model: Any) -> None:
+    """Weights by what they belong to, buffers apart, quantization scales among the weights."""
+    for name, parameter in model.named_parameters():
+        _name(tracker, name, parameter, "weights")
+    for name, buffer in model.named_buffers():
+        _name(tracker, name, buffer, "weights" if getattr(buffer, "_hfvram_scale", False) else "buffers")
+
+
+def _name(tracker: Tracker, name: str, tensor: Any, category: Any) -> None:
+    handle = tracker.add(tensor)
+    if handle is not None:
+        shown = tracker.tag(name.rpartition(".")[0] if name.endswith((".weight", ".bias")) else name).name
+        tracker.timeline.tags[handle] = Tag(shown, category, "", OWN, "exact")

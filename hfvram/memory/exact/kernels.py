@@ -1,0 +1,182 @@
+"""CUDA where the meta device differs: which attention kernel runs, what it keeps, and dropout's masks.
+
+A function mode above the dispatcher: what it replaces never reaches the meta kernels. Source: PyTorch 2.11,
+transformers/cuda/sdp_utils.cpp and cudnn/MHA.cpp; what is not said there was measured on an H100 (fixtures/measured).
+"""
+
+import math
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from hfvram.memory.exact.autocast import Autocast
+
+Kernel = Literal["cudnn", "flash", "efficient"]
+HALF = (torch.bfloat16, torch.float16)
+
+
+def round_up(size: int, step: int) -> int:
+    return -(-size // step) * step
+
+
+def like_layout(tensor: Any, shape: tuple[int, ...]) -> Any:
+    """An empty (b, heads, s, d) tensor of which the dimensions lie in memory as those of `tensor` do.
+
+    cuDNN allocates its output so (`alloc_with_matching_layout`), which decides whether `.contiguous()` copies it.
+    """
+    order = sorted(range(4), key=lambda i: (-tensor.stride(i), i))
+    flat = torch.empty([shape[i] for i in order], dtype=tensor.dtype, device=tensor.device)
+    return flat.permute([order.index(i) for i in range(4)])
+
+
+def heads_last(shape: tuple[int, ...], like: Any) -> Any:
+    """An empty (b, heads, s, d) tensor that lies in memory as (b, s, heads, d)."""
+    b, heads, s, d = shape
+    return torch.empty((b, s, heads, d), dtype=like.dtype, device=like.device).transpose(1, 2)
+
+
+class FusedAttention(torch.autograd.Function):  # type: ignore[misc]
+    """A fused kernel: it saves queries, keys, values, the bias, its output and the log-sum-exp."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Any, k: Any, v: Any, bias: Any, kernel: Kernel) -> Any:
+        b, heads, s, _ = q.shape
+        shape = (b, heads, s, v.shape[3])
+        out = like_layout(q, shape) if kernel == "cudnn" else heads_last(shape, q)
+        rows = round_up(s, 32) if kernel == "efficient" else s
+        log_sum = torch.empty((b, heads, rows), dtype=torch.float32, device=q.device)
+        ctx.save_for_backward(q, k, v, bias, out, log_sum)
+        ctx.kernel = kernel
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        q, k, v, bias, out, _ = ctx.saved_tensors
+        b, heads, s, d = q.shape
+        if ctx.kernel == "cudnn":
+            grads = tuple(like_layout(x, x.shape) for x in (q, k, v))
+            scratch = [like_layout(out, out.shape)] if grad.stride() != out.stride() else []
+            scratch += [_fp32(q, b, heads, s), _fp32(q, b, s, heads, d)]
+        else:
+            grads = tuple(heads_last(x.shape, q) for x in (q, k, v))
+            scratch = FusedAttention._flash_scratch(q, k) if ctx.kernel == "flash" else [_fp32(q, b, heads, s)]
+            if ctx.kernel == "efficient" and q.dtype != torch.float32:
+                scratch.append(_fp32(q, b, s, heads, d))
+        grad_bias = None
+        if bias is not None and ctx.needs_input_grad[3]:
+            grad_bias = torch.empty((b, heads, s, k.shape[2]), dtype=q.dtype, device=q.device)
+            grad_bias = grad_bias.sum_to_size(bias.shape)
+        del scratch
+        return (*grads, grad_bias, None)
+
+    @staticmethod
+    def _flash_scratch(q: Any, k: Any) -> list[Any]:
+        """Rows rounded to 128 and heads to 32 or 64 in fp32; with grouped heads, gradients for every head."""
+        b, heads, s, d = q.shape
+        rows, width = round_up(s, 128), round_up(d, 32 if d <= 128 else 64)
+        scratch = [_fp32(q, b, heads, rows), _fp32(q, b, rows, heads, width)]
+        if k.shape[1] != heads:
+            scratch += [torch.empty((b, k.shape[2], heads, d), dtype=q.dtype, device=q.device) for _ in range(2)]
+        return scratch
+
+
+def _fp32(like: Any, *shape: int) -> Any:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def kernel_for(q: Any, k: Any, v: Any, mask: Any, gqa: bool, hopper: bool = True) -> Kernel | None:
+    """The kernel that PyTorch picks, None for the math path.
+
+    A mask that needs a gradient (T5) and heads that differ without `enable_gqa` (Falcon) leave only math; half precision
+    without a mask takes cuDNN on Hopper and Blackwell up to heads of 128, else flash up to 256; the rest is efficient.
+    """
+    if q.dim() != 4 or (mask is not None and mask.requires_grad):
+        return None
+    half = q.dtype in HALF
+    grouped = not q.shape[1] == k.shape[1] == v.shape[1]
+    if grouped and not (gqa and half and mask is None):
+        return None
+    d = q.shape[-1]
+    if half and mask is None and d == v.shape[-1] and d <= 256:
+        return "cudnn" if hopper and d <= 128 and d % 8 == 0 else "flash"
+    return "efficient"
+
+
+_sdpa = F.scaled_dot_product_attention
+
+
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    hopper: bool = True,
+) -> Any:
+    """`scaled_dot_product_attention` as CUDA runs it; tensors that are not on meta are left to PyTorch."""
+    if q.device.type != "meta":
+        return _sdpa(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    kernel = kernel_for(q, k, v, attn_mask, enable_gqa, hopper)
+    if kernel is None:
+        if dropout_p:
+            return _math_with_dropout(q, k, v, attn_mask, dropout_p, scale)
+        return _sdpa(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    d = q.shape[-1]
+    if kernel == "flash" and d % 8:
+        q, k, v = (F.pad(x, (0, round_up(d, 8) - d)) for x in (q, k, v))
+        return FusedAttention.apply(q, k, v, None, kernel)[..., :d]
+    return FusedAttention.apply(q, k, v, None if attn_mask is None else _bias(attn_mask, q), kernel)
+
+
+def _bias(mask: Any, q: Any) -> Any:
+    """A boolean mask becomes an additive one of the queries' dtype; rows are padded to a multiple of 8."""
+    bias = torch.empty_like(mask, dtype=q.dtype) if mask.dtype == torch.bool else mask
+    if short := -bias.shape[-1] % 8:
+        bias = F.pad(bias, (0, short))[..., : bias.shape[-1]]
+    return bias
+
+
+def _math_with_dropout(q: Any, k: Any, v: Any, mask: Any, p: float, scale: float | None) -> Any:
+    """The math path spelled out: inside it the meta device takes dropout apart, where CUDA has one kernel with a mask."""
+    dtype = q.dtype
+    q, k, v = (x.float() if x.dtype in HALF else x for x in (q, k, v))
+    factor = math.sqrt(scale if scale is not None else 1 / math.sqrt(q.shape[-1]))
+    weights = torch.matmul(q * factor, (k * factor).transpose(-2, -1))
+    if mask is not None:
+        weights = torch._safe_softmax(weights.add_(mask), -1)
+    else:
+        weights = torch.softmax(weights, -1)
+    return torch.matmul(torch.native_dropout(weights, p, True)[0], v).to(dtype)
+
+
+class CudaBehaviour(TorchFunctionMode):  # type: ignore[misc]
+    """The mode: attention, dropout (one boolean a value), and autocast where it is on."""
+
+    def __init__(self, autocast: Autocast, hopper: bool = True) -> None:
+        super().__init__()
+        self.autocast = autocast
+        self.hopper = hopper
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "scaled_dot_product_attention":
+            args, kwargs = self.autocast.lowered(args, kwargs)
+            return attention(*args, **kwargs, hopper=self.hopper)
+        if name == "dropout" and func is not torch.dropout_:
+            return _dropout(*args, **kwargs)
+        args, kwargs = self.autocast.cast(name, args, kwargs)
+        return func(*args, **kwargs)
+
+
+def _dropout(
+    input: Any, p: float = 0.5, training: bool = True, inplace: bool = False, *, train: bool | None = None
+) -> Any:
+    if not (training if train is None else train) or p == 0:
+        return input
+    return torch.native_dropout(input, p, True)[0]
