@@ -18,7 +18,7 @@ ADAPTER = Tag("adapter", "weights", "", "PEFT 0.18: half precision is cast to fp
 BUFFERS = Tag("buffers", "buffers", "", "the model's own tensors", "exact")
 
 LINEAR = ("linear",)
-"""bitsandbytes replaces `nn.Linear` itself and GPT-2's `Conv1D`, no subclass (transformers 5.17, integrations/bitsandbytes.py)."""
+"""What bitsandbytes replaces: `nn.Linear` itself and `Conv1D`, no subclass (transformers 5.17, bitsandbytes.py)."""
 BUFFER_BYTES = {"bool": 1, "int32": 4, "int64": 8, "complex64": 8, "uint8": 1, "int8": 1, "fp64": 8}
 BLOCK, NESTED_BLOCK = 64, 256
 GROUP = 128
