@@ -44,6 +44,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
         self.timeline = timeline
         self.category: Category = "activations"
         self.module = ""
+        self.stream = 0
         self.backward = False
         self.boolean = True
         self.live: dict[int, tuple[int, Any]] = {}
@@ -86,7 +87,12 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
         key = storage._cdata
         if (known := self.live.get(key)) is not None:
             return known[0]
-        handle = self.timeline.alloc(storage.nbytes(), self.tag(self.module))
+        return self._stands(key, storage, storage.nbytes())
+
+    def _stands(self, key: int, storage: Any, nbytes: int) -> int:
+        handle = self.timeline.alloc(nbytes, self.tag(self.module))
+        if self.stream:
+            self.timeline.streams[handle] = self.stream
         self.live[key] = handle, weakref.ref(storage, self._death(key, handle))
         return handle
 
@@ -106,8 +112,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
             if not nbytes:
                 del self.live[key]
                 return
-            handle = self.timeline.alloc(nbytes, self.tag(self.module))
-            self.live[key] = handle, weakref.ref(tensor.untyped_storage(), self._death(key, handle))
+            self._stands(key, tensor.untyped_storage(), nbytes)
         elif nbytes:
             self.add(tensor)
 
