@@ -21,7 +21,8 @@ def resolve(architecture: Architecture, request: Request) -> tuple[Request, list
     if limit and ctx > limit:
         warnings.append(f"ctx {ctx:,} is over the model's limit of {limit:,} tokens")
     encoder = architecture.task == "encoder"
-    phase = request.phase or ("encode" if encoder else "generate")
+    bare = architecture.task == "causal" and not architecture.generates
+    phase = request.phase or ("encode" if encoder or bare else "generate")
     if encoder and phase != "encode":
         raise HfvramError("usage", f"--phase {phase}: {architecture.class_name} keeps no cache, valid is encode")
     if phase == "encode" and request.cache == "static":

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from hfvram.memory.blocks import HIDDEN, normalize, project, rotate
 from hfvram.memory.forward import Forward
+from hfvram.memory.scores import MATH, SCORES, eager_weights
 from hfvram.memory.timeline import Tag, Timeline
 from hfvram.model.layers import Attention
 
@@ -20,10 +21,8 @@ COUNTER = Tag("counters of the cache", "cache", "", CACHES, "exact")
 OUT = Tag("attention output", "activations", "b·s·a·d·e", SDPA)
 REPEATED = Tag("keys and values repeated for every head", "activations", "b·t·a·d·e", SDPA)
 BIAS = Tag("attention mask as a bias", "activations", "b·s·t·e", SDPA)
-SCORES = Tag("attention scores", "activations", "b·a·s·t·e", "transformers 5.17: eager_attention_forward")
 BUCKETS = Tag("distances and their buckets", "activations", "s·t·8", "transformers 5.17: T5Attention.compute_bias")
 RELATIVE = Tag("relative position bias", "activations", "a·s·t·e", "transformers 5.17: T5Attention.compute_bias")
-MATH = Tag("attention scores in fp32", "activations", "b·a·s·t·4", "PyTorch 2.11: _scaled_dot_product_attention_math")
 
 
 def attention(t: Timeline, f: Forward, part: Attention, cache: list[int]) -> tuple[int, int | None]:
@@ -42,7 +41,18 @@ def attention(t: Timeline, f: Forward, part: Attention, cache: list[int]) -> tup
         query, key = [first], _projection(t, f, part, k_width, KEY_VALUE)
         value = [project(t, f, part.hidden_size, v_width, KEY_VALUE)]
     joined = False
-    if part.rotary:
+    sliced: list[int] = []
+    if part.rotary and part.rotary.sliced:
+        size = part.rotary.dim * f.bytes(1)
+        sliced = [
+            *query,
+            *key,
+            rotate(t, size * part.heads, size * part.heads, QUERY),
+            rotate(t, size * part.kv_heads, size * part.kv_heads, KEY_VALUE),
+        ]
+        query, key = [t.alloc(q_bytes, QUERY)], [t.alloc(k_bytes, KEY_VALUE)]
+        joined = True
+    elif part.rotary:
         share = part.rotary.dim / part.head_dim
         rotated = [rotate(t, q_bytes, int(q_bytes * share), QUERY), rotate(t, k_bytes, int(k_bytes * share), KEY_VALUE)]
         t.free(*query, *key)
@@ -63,8 +73,12 @@ def attention(t: Timeline, f: Forward, part: Attention, cache: list[int]) -> tup
         sigmoid, gated = t.alloc(q_bytes, OUT), t.alloc(q_bytes, OUT)
         t.free(sigmoid, out, *gate)
         out = gated
+    inputs = [*query, *key, *value, *computed, *sliced]
+    if part.output_apart:
+        t.free(*inputs)
+        inputs = []
     projected = project(t, f, part.heads * part.value_dim, part.hidden_size, HIDDEN)
-    t.free(out, *query, *key, *value, *computed)
+    t.free(out, *inputs)
     return projected, kept
 
 
@@ -155,12 +169,10 @@ def kernel(t: Timeline, f: Forward, part: Attention, joined: bool, masked: bool 
     square = f.batch * part.heads * f.tokens * attended
     if implementation(f, part) == "eager":
         copies = [t.alloc(n, REPEATED) for n in repeated] if grouped else []
-        previous = [t.alloc(square * f.element_bytes, SCORES) for _ in range(2 * part.keeps_scores)]
-        weights = _sink_softmax(t, f, square) if part.sinks else _eager_softmax(t, f, part, square)
-        t.free(*previous)
+        weights, held = eager_weights(t, f, part, square)
         heads_first = t.alloc(out_bytes, OUT)
         out = t.alloc(out_bytes, OUT)
-        t.free(heads_first, *copies)
+        t.free(heads_first, *copies, *held)
         return out, weights
     same_size = part.head_dim == part.value_dim <= 256
     native_groups = grouped and not masked and same_size
@@ -229,52 +241,6 @@ def _aligned_bias(t: Timeline, f: Forward, part: Attention, attended: int) -> li
     rows = part.heads * f.tokens * f.element_bytes * (f.batch if f.masked else 1)
     masked = [t.alloc(rows * attended, BIAS)] if f.masked else []
     return [*masked, t.alloc(rows * (attended // 8 + 1) * 8, BIAS)]
-
-
-def _eager_softmax(t: Timeline, f: Forward, part: Attention, square: int) -> int:
-    """Scores, scaled, masked, and their softmax in fp32; bf16 is cast first, fp16 within the kernel."""
-    nbytes = square * f.element_bytes
-    product = t.alloc(nbytes, SCORES)
-    scaled = t.alloc(nbytes, SCORES)
-    t.free(product)
-    biased = scaled
-    for _ in range((part.causal or f.masked) + (part.relative_bias is not None)):
-        biased = t.alloc(nbytes, SCORES)
-        t.free(scaled)
-        scaled = biased
-    if not part.softmax_fp32:
-        weights = t.alloc(nbytes, SCORES)
-        t.free(biased)
-        return weights
-    wide = t.alloc(square * 4, MATH) if f.dtype == "bf16" else None
-    soft = t.alloc(square * 4, MATH)
-    if wide is not None:
-        t.free(wide)
-    if not f.half:
-        t.free(biased)
-        return soft
-    weights = t.alloc(nbytes, SCORES)
-    t.free(soft, biased)
-    return weights
-
-
-def _sink_softmax(t: Timeline, f: Forward, square: int) -> int:
-    """Scores with one more column for the attention sinks, less their maximum, and the softmax in the same dtype.
-
-    Source: transformers 5.17, models/gpt_oss/modeling_gpt_oss.py eager_attention_forward.
-    """
-    nbytes = square * f.element_bytes
-    product = t.alloc(nbytes, SCORES)
-    scaled = t.alloc(nbytes, SCORES)
-    t.free(product)
-    biased = t.alloc(nbytes, SCORES)
-    t.free(scaled)
-    joined = t.alloc(nbytes, SCORES)
-    shifted = t.alloc(nbytes, SCORES)
-    t.free(joined)
-    weights = t.alloc(nbytes, SCORES)
-    t.free(biased, shifted)
-    return weights
 
 
 def _math(t: Timeline, f: Forward, part: Attention, q_bytes: int, repeated: list[int], square: int) -> int:

@@ -16,17 +16,30 @@ CHOSEN = Tag("experts, tokens by expert", "activations", "b·s·k·h·e", "trans
 EXPERT = Tag("experts, gate and up", "activations", "b·s·k·2·f·e", "transformers 5.17: grouped_mm_experts_forward")
 WEIGHTED = Tag("experts, weighted outputs", "activations", "b·s·k·h·4", "transformers 5.17: grouped_mm_experts_forward")
 GATHERED = Tag(
-    "experts, weights copied for each token", "activations", "b·k·3·f·h·e", "transformers 5.17: batched_mm_experts_forward"
+    "experts, weights copied for each token",
+    "activations",
+    "b·k·3·f·h·e",
+    "transformers 5.17: batched_mm_experts_forward",
 )
 EXPERT_PRODUCT = Tag("experts, product", "activations", "b·s·k·f·e", "transformers 5.17: grouped_mm_experts_forward")
 
 
-def feed_forward(t: Timeline, f: Forward, part: FeedForward) -> int:
-    """down(act(gate)·up) holds three widths at once, down(act(up)) two. Returns the output's handle."""
-    return dense(t, f, part.hidden_size, part.intermediate_size, part)
+def feed_forward(t: Timeline, f: Forward, part: FeedForward, source: list[int] | None = None) -> int:
+    """down(act(gate)·up) holds three widths at once, down(act(up)) two. Returns the output's handle.
+
+    `source` is the input where it is let go after the first product: it is freed and the list emptied.
+    """
+    return dense(t, f, part.hidden_size, part.intermediate_size, part, source)
 
 
-def dense(t: Timeline, f: Forward, hidden: int, width: int, part: FeedForward | MixtureOfExperts) -> int:
+def dense(
+    t: Timeline,
+    f: Forward,
+    hidden: int,
+    width: int,
+    part: FeedForward | MixtureOfExperts,
+    source: list[int] | None = None,
+) -> int:
     """A dense feed-forward of these sizes; a mixture's shared expert is one, too."""
     nbytes = f.bytes(width)
     if part.gated and part.fused_gate_up:
@@ -43,6 +56,8 @@ def dense(t: Timeline, f: Forward, hidden: int, width: int, part: FeedForward | 
         t.free(act, up)
     else:
         up = project(t, f, hidden, width, WIDE)
+        if source:
+            t.free(source.pop())
         product = activate(t, nbytes, part.activation)
         t.free(up)
     out = project(t, f, width, hidden, HIDDEN)

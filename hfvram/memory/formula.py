@@ -20,6 +20,7 @@ def timeline(architecture: Architecture, request: Request) -> Timeline:
         attention=request.attention,
         kernels=request.kernels,
         masked=request.padding,
+        mask_of_ones=request.phase == "generate",
         quant=quant,
         static_length=ctx - 1 if request.cache == "static" and request.phase == "generate" else 0,
     )

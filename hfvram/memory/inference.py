@@ -55,8 +55,9 @@ def prefill(t: Timeline, architecture: Architecture, f: Forward) -> list[list[in
 
 
 def encode(t: Timeline, architecture: Architecture, f: Forward) -> None:
-    """One pass of a model without a cache: hidden states, or logits of every token, come out."""
+    """One pass of a model: hidden states, or logits of every token, come out; a decoder fills a cache all the same."""
     t.symbols = symbols(architecture, f)
+    f = replace(f, use_cache=architecture.generates_cache)
     t.mark("encode")
     t.alloc(f.batch * f.tokens * 8, IDS)
     t.alloc(CUBLAS_BYTES, WORKSPACE)
@@ -96,10 +97,10 @@ def forward(t: Timeline, architecture: Architecture, f: Forward, caches: list[li
         normed = normalize(t, stream, stack.hidden_size, architecture.final_norm)
         t.free(hidden)
         hidden = normed
+    t.free(*held)
     if architecture.task == "encoder":
         _classify(t, f, architecture)
-    t.free(*held)
-    if architecture.task != "encoder" and (architecture.head or architecture.tied_head):
+    if architecture.task != "encoder" and architecture.generates:
         rows = f.rows if architecture.logits_of_all_tokens else f.batch
         logits = t.alloc(rows * architecture.vocab_size * f.element_bytes, LOGITS)
         last = t.alloc(f.batch * architecture.vocab_size * 4, LOGITS)
@@ -127,15 +128,13 @@ def _embed(t: Timeline, f: Forward, architecture: Architecture) -> tuple[list[in
 
 def _classify(t: Timeline, f: Forward, architecture: Architecture) -> None:
     """An encoder's head over all tokens: masked-language models transform each, and project it to the vocabulary."""
-    outputs = max(
-        (p.shape[0] for p in architecture.head if p.kind in ("head", "linear") and len(p.shape) > 1), default=0
-    )
-    if architecture.tied_head:
-        outputs = max(outputs, architecture.vocab_size)
-    if outputs == architecture.vocab_size:
-        width = f.bytes(architecture.text.hidden_size)
+    vocab = architecture.vocab_size
+    tables = (*architecture.head, *architecture.text.before) if architecture.tied_head else architecture.head
+    widths = [p.shape[1] for p in tables if len(p.shape) == 2 and p.shape[0] == vocab and p.kind != "norm"]
+    if widths:
+        width = f.bytes(widths[0])
         t.moment(HIDDEN, width, width)
-        t.moment(LOGITS, width, f.bytes(outputs))
+        t.moment(LOGITS, width, f.bytes(vocab))
 
 
 def run_layer(t: Timeline, f: Forward, layer: Layer, hidden: int, cache: list[int]) -> int:
@@ -151,20 +150,27 @@ def run_layer(t: Timeline, f: Forward, layer: Layer, hidden: int, cache: list[in
     for part in (*layer.mixers, layer.feed_forward):
         if part is None:
             continue
-        normed = normalize(t, f, width, layer.norm) if layer.norm_position != "post" else None
+        normed = [normalize(t, f, width, layer.norm)] if layer.norm_position != "post" else []
         if isinstance(part, FeedForward | MixtureOfExperts):
-            out = feed(t, f, part)
+            out = feed(t, f, part, normed)
+            holds = False
         else:
             out, weights = mix(t, f, part, cache)
             kept += weights
-        if normed is not None:
-            t.free(normed)
+            holds = layer.keeps is not None
+            if layer.keeps == "mixed and normed":
+                kept += normed
+                normed = []
+        t.free(*normed)
         if layer.norm_position != "pre":
             after = normalize(t, f, width, layer.norm)
             t.free(out)
             out = after
         total = t.alloc(f.bytes(width), HIDDEN)
-        t.free(out)
+        if holds:
+            kept.append(out)
+        else:
+            t.free(out)
         if residual != hidden:
             t.free(residual)
         residual = total
@@ -231,15 +237,19 @@ def _angles(t: Timeline, f: Forward, layers: tuple[Layer, ...]) -> list[int]:
 
 def _masks(t: Timeline, f: Forward, layers: tuple[Layer, ...]) -> list[int]:
     """One mask for each kind of attention that is given one: booleans, or for eager attention an additive one."""
-    parts = {m.window: m for x in layers for m in x.mixers if isinstance(m, Attention) and m.cached}
+    parts = {m.window: m for x in layers for m in x.mixers if isinstance(m, Attention)}
     masks = []
     for part in parts.values():
         eager = implementation(f, part) == "eager"
+        if not part.causal and not f.masked:
+            continue
         if not (eager or needs_mask(f, part)) or f.attention == "flash_attention_2":
             continue
         attended = f.static_length if f.static_length and f.past else stored_tokens(part, f.past, f.tokens)
         square = f.tokens * attended
         t.moment(MASK, square, square)
-        whole = square * (f.batch if f.masked else 1)
+        whole = square * (f.batch if f.masked or f.mask_of_ones or eager else 1)
+        if eager:
+            t.moment(MASK, whole)
         masks.append(t.alloc(whole * (f.element_bytes if eager else 1), MASK))
     return masks

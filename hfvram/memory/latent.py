@@ -2,7 +2,7 @@
 (or, in some models, every head's keys and values), and each step expands all of it.
 
 b sequences of s new tokens that attend to t, a heads, c the latent's size, r the rotary part, e bytes of an element.
-Source: transformers 5.17, models/deepseek_v2, deepseek_v3 and glm_moe_dsa (modeling_*.py); DeepSeek-V2, arXiv 2405.04434.
+Source: transformers 5.17, models/deepseek_v2, deepseek_v3 and glm_moe_dsa (modeling_*.py); arXiv 2405.04434.
 """
 
 from hfvram.memory.attention import CACHES, grow, kernel
@@ -34,8 +34,14 @@ def expanded_attention(part: LatentAttention) -> Attention:
 
 
 def _attention(part: LatentAttention, kv_heads: int, head_dim: int, value_dim: int) -> Attention:
-    sizes = {"kv_heads": kv_heads, "head_dim": head_dim, "value_dim": value_dim}
-    return Attention(hidden_size=part.hidden_size, heads=part.heads, params=(), **sizes)
+    return Attention(
+        hidden_size=part.hidden_size,
+        heads=part.heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        params=(),
+    )
 
 
 def latent_attention(t: Timeline, f: Forward, part: LatentAttention, cache: list[int]) -> tuple[int, int | None]:
@@ -113,4 +119,3 @@ def _index(t: Timeline, f: Forward, part: LatentAttention, attended: int, cache:
     mask = t.alloc(scores // 4, INDEX)
     t.moment(INDEX, scores // 4)
     return mask
-

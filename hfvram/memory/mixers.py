@@ -56,8 +56,8 @@ def grow_cache(t: Timeline, f: Forward, layer: Layer, cache: list[int]) -> None:
             grow(t, f, part, cache)
 
 
-def feed(t: Timeline, f: Forward, part: FeedForward | MixtureOfExperts) -> int:
-    """The feed-forward of a layer. Returns the output's handle."""
+def feed(t: Timeline, f: Forward, part: FeedForward | MixtureOfExperts, source: list[int] | None = None) -> int:
+    """The feed-forward of a layer. Returns the output's handle; one that is written into the layer frees `source`, its input."""
     if isinstance(part, FeedForward):
-        return feed_forward(t, f, part)
+        return feed_forward(t, f, part, source if part.inline else None)
     return mixture(t, f, part)

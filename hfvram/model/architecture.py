@@ -83,6 +83,12 @@ class Architecture:
         return self.stack(self.main)
 
     @cached_property
+    def generates(self) -> bool:
+        """Whether the class has a head over the vocabulary: a bare model (of embeddings, say) has none."""
+        heads = (p for p in (*self.head, *self.text.after) if p.kind == "head" and p.shape[0] == self.vocab_size)
+        return self.tied_head or any(heads)
+
+    @cached_property
     def all_params(self) -> tuple[Param, ...]:
         """Every tensor, buffers included, once."""
         return tuple(p for s in self.stacks for p in s.params()) + self.head + self.adapter

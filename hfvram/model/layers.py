@@ -53,6 +53,8 @@ class Rotary:
 
     dim: int
     style: Literal["half", "interleaved", "complex"] = "half"
+    sliced: bool = False
+    """The layer slices queries and keys itself: they stay beside the rotated parts and the whole (Phi, GPT-J)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +76,8 @@ class Attention:
     """Normalization of queries and keys, over each head or over all heads together."""
     fused_qkv: bool = False
     """One projection for queries, keys and values, split after it."""
+    output_apart: bool = False
+    """The output's projection is another module's: queries, keys and values are gone before it (BERT)."""
     implementations: tuple[str, ...] = ("sdpa", "flash_attention_2", "eager")
     """What the model's code can run, the first being what it falls back to."""
     position_bias: bool = False
@@ -81,8 +85,9 @@ class Attention:
     relative_bias: Literal["first", "later", "own"] | None = None
     """T5's learned bias for every pair of positions: computed in the first layer and kept for the later ones, or each
     layer's own (UMT5)."""
-    softmax_fp32: bool = True
-    """Eager attention's softmax is in fp32, whatever the scores are in."""
+    scores: Literal["fp32 softmax", "own dtype", "fp32", "fp32 bias"] = "fp32 softmax"
+    """How eager attention computes: a softmax in fp32 (Llama) or in the model's dtype (BERT), queries and keys cast
+    before the product (GPT-J), or a bias in fp32 (MPT)."""
     softcap: bool = False
     output_gate: bool = False
     """The queries' projection is doubled: its second half gates the output (Qwen3-Next)."""
@@ -90,8 +95,9 @@ class Attention:
     groups: Literal["gqa", "broadcast", "expanded"] = "gqa"
     """How grouped keys and values reach the kernel: as groups, which it may know; broadcast, which only the math path
     takes (Falcon-7B); or expanded to every head before they are cached (Falcon-40B)."""
-    keeps_scores: bool = False
-    """Scores before the mask, and the previous layer's weights, are still held when the softmax runs (BLOOM)."""
+    held_scores: int = 0
+    """Squares of scores still held when eager attention's softmax runs: the previous layer's weights (MPT), and the
+    scores before the mask (BLOOM)."""
     cached: bool = True
     """False for encoders, and for layers that read another layer's cache (`num_kv_shared_layers`)."""
     params: tuple[Param, ...]
@@ -265,6 +271,8 @@ class FeedForward:
     activation: Activation
     fused_gate_up: bool = False
     """Gate and up are one projection, split after it (Phi-3)."""
+    inline: bool = False
+    """Written into the layer's own code: its input is let go after the first product (OPT)."""
     params: tuple[Param, ...]
 
 
@@ -310,6 +318,8 @@ class Layer:
     norm_position: Literal["pre", "post", "both"] = "pre"
     parallel: bool = False
     """Attention and feed-forward read the same input and are added together (GPT-J, Phi, Falcon)."""
+    keeps: Literal["mixed", "mixed and normed"] | None = None
+    """What the layer's code holds through the feed-forward: the mixer's output (GPT-2), and its input (StableLM)."""
     streams: int = 1
     """Copies of the residual that are kept and mixed (DeepSeek-V4's hyper-connections)."""
     residual_fp32: bool = False

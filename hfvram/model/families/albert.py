@@ -58,6 +58,7 @@ def layer(config: Config, hidden: int, name: str) -> Layer:
                 projections=("query", "key", "value", "dense"),
                 causal=False,
                 cached=False,
+                scores="own dtype",
             ),
         ),
         feed_forward=mlp(

@@ -130,5 +130,5 @@ def scores(config: Config, side: str, name: str, hidden: int, key_bias: bool) ->
         kind="cross_attention" if cross else "full_attention",
         causal=decodes and not cross,
         cached=decodes,
-        softmax_fp32=False,
+        scores="own dtype",
     )

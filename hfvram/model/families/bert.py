@@ -127,6 +127,7 @@ def self_attention(config: Config, hidden: int, decodes: bool) -> Attention:
             causal=False,
             cached=False,
             position_bias=True,
+            scores="own dtype",
             implementations=("eager",),
         )
     return attention(
@@ -138,6 +139,8 @@ def self_attention(config: Config, hidden: int, decodes: bool) -> Attention:
         projections=("self.query", "self.key", "self.value", "output.dense"),
         causal=decodes,
         cached=decodes,
+        scores="own dtype",
+        output_apart=True,
     )
 
 

@@ -33,6 +33,7 @@ def opt(config: Config, hidden: int) -> Decoder:
     feed = blocks.mlp(
         "fc1", "fc2", hidden, config.size("ffn_dim"), config.text("activation_function", default="relu"), bias
     )
+    feed = replace(feed, inline=True)
     norms = two_norms("self_attn_layer_norm", "final_layer_norm", hidden) if affine else ()
     block = replace(layer(attention, feed, norms), norm_position="pre" if first else "post")
     before = blocks.embedding("decoder.embed_tokens", config.size("vocab_size"), narrow) + blocks.embedding(
@@ -55,7 +56,7 @@ def bloom(config: Config, hidden: int) -> Decoder:
         bias=True,
         projections=("query_key_value", "dense"),
         position_bias=True,
-        keeps_scores=True,
+        held_scores=2,
         **EAGER,
     )
     feed = blocks.mlp("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", hidden, 4 * hidden, "gelu_bloom")
@@ -118,10 +119,12 @@ def mpt(config: Config, hidden: int) -> Decoder:
         **heads_of(config, hidden),
         projections=("Wqkv", "out_proj"),
         position_bias=True,
+        scores="fp32 bias",
+        held_scores=1,
         **EAGER,
     )
     feed = blocks.mlp("ffn.up_proj", "ffn.down_proj", hidden, 4 * hidden, "gelu", bias=False)
-    block = layer(attention, feed, two_norms("norm_1", "norm_2", hidden, bias=False))
+    block = layer(attention, feed, two_norms("norm_1", "norm_2", hidden, bias=False), keeps=True)
     before = blocks.embedding("wte", config.size("vocab_size"), hidden)
     return Decoder((block,) * config.layers("num_hidden_layers"), before, norm("norm_f", hidden), module="blocks")
 

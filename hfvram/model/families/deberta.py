@@ -74,6 +74,7 @@ def self_attention(config: Config, hidden: int) -> Attention:
     style: dict[str, Any] = {
         "causal": False,
         "cached": False,
+        "scores": "own dtype",
         "position_bias": bool(scores(config)),
         "implementations": ("eager",),
     }

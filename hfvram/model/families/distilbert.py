@@ -29,6 +29,7 @@ def read(config: Config, class_name: str | None) -> Architecture:
                 projections=("q_lin", "k_lin", "v_lin", "out_lin"),
                 causal=False,
                 cached=False,
+                scores="own dtype",
             ),
         ),
         feed_forward=mlp(

@@ -65,6 +65,7 @@ def decoder(config: Config, seen: Config, prefix: str, hidden: int, vocab: int) 
                 bias=True,
                 projections=("self.query", "self.key", "self.value", "output.dense"),
                 implementations=("eager",),
+                scores="own dtype",
             ),
         ),
         feed_forward=mlp(

@@ -87,8 +87,18 @@ def inner(config: Config, hidden: int) -> int:
     return config.size("n_inner", "intermediate_size", default=4 * hidden)
 
 
-def layer(attention: Any, feed: FeedForward, params: tuple[Param, ...], parallel: bool = False) -> Layer:
-    return Layer(mixers=(attention,), feed_forward=feed, norm="layer", parallel=parallel, params=params)
+def layer(
+    attention: Any, feed: FeedForward, params: tuple[Param, ...], parallel: bool = False, keeps: bool = False
+) -> Layer:
+    """A layer with LayerNorms; `keeps` where its code holds the attention's output through the feed-forward."""
+    return Layer(
+        mixers=(attention,),
+        feed_forward=feed,
+        norm="layer",
+        parallel=parallel,
+        params=params,
+        keeps="mixed" if keeps else None,
+    )
 
 
 def two_norms(first: str, second: str, hidden: int, bias: bool = True) -> tuple[Param, ...]:
@@ -106,7 +116,13 @@ def gpt2(config: Config, hidden: int) -> Decoder:
         kv_heads = 1 if config.flag("multi_query", default=True) else None
         before += (Param("bias", (positions_of(config),) * 2, "buffer", "bool"),)
     attention = blocks.fused_attention(
-        "attn", hidden, **heads_of(config, hidden), kv_heads=kv_heads, bias=True, projections=("c_attn", "c_proj")
+        "attn",
+        hidden,
+        **heads_of(config, hidden),
+        kv_heads=kv_heads,
+        bias=True,
+        projections=("c_attn", "c_proj"),
+        scores="own dtype",
     )
     feed = blocks.mlp("mlp.c_fc", "mlp.c_proj", hidden, width, activation)
     if config.model_type == "gpt2":
@@ -114,7 +130,7 @@ def gpt2(config: Config, hidden: int) -> Decoder:
         feed = replace(feed, params=_transposed(feed.params))
     if config.flag("add_cross_attention"):
         raise HfvramError("unknown_architecture", f"{config.model_type} with cross attention is not known")
-    block = layer(attention, feed, two_norms("ln_1", "ln_2", hidden))
+    block = layer(attention, feed, two_norms("ln_1", "ln_2", hidden), keeps=True)
     return Decoder((block,) * config.layers("num_hidden_layers"), before, norm("ln_f", hidden, True))
 
 
@@ -137,10 +153,12 @@ def gpt_neo(config: Config, hidden: int) -> Decoder:
         out_bias=True,
         projections=("q_proj", "k_proj", "v_proj", "out_proj"),
         extra=(mask,),
+        scores="fp32",
+        held_scores=1,
         **EAGER_OR_FLASH,
     )
     # A local layer hides what lies outside its window by its mask; its cache still holds everything.
-    block = layer(attention, feed, two_norms("ln_1", "ln_2", hidden))
+    block = layer(attention, feed, two_norms("ln_1", "ln_2", hidden), keeps=True)
     before = blocks.embedding("wte", config.size("vocab_size"), hidden) + blocks.embedding("wpe", positions, hidden)
     return Decoder((block,) * len(kinds), before, norm("ln_f", hidden, True))
 
@@ -165,8 +183,8 @@ def gptj(config: Config, hidden: int) -> Decoder:
     rotary_dim = config.size("rotary_dim", default=hidden, low=0) or hidden
     table = Param("attn.embed_positions", (positions_of(config), rotary_dim), "buffer", "fp32")
     # The whole width is the rotary table's where `rotary_dim` is null, but each head turns its own size.
-    turned = Rotary(dim=min(rotary_dim, sizes["head_dim"]), style="interleaved")
-    style: dict[str, Any] = {"rotary": turned, "extra": (table,)}
+    turned = Rotary(dim=min(rotary_dim, sizes["head_dim"]), style="interleaved", sliced=True)
+    style: dict[str, Any] = {"rotary": turned, "extra": (table,), "scores": "fp32", "held_scores": 1}
     if config.model_type == "gptj":
         attention = blocks.attention(
             "attn",

@@ -66,6 +66,7 @@ def stack(config: Config, prefix: str, feed: Feed | None = None, attend: Attend 
             feed_forward=feed,
             norm=style.norm,
             norm_position=style.norm_position,
+            keeps=style.keeps,
             parallel=flag(config, style.parallel),
             params=params,
         )
@@ -99,7 +100,7 @@ def attention(config: Config, style: Style, hidden: int, window: int | None, rot
         "kind": "sliding_attention" if window else "full_attention",
         "window": window,
         "causal": not config.flag("use_bidirectional_attention"),
-        "rotary": Rotary(dim=partial.dim, style=style.rope) if rotates else None,
+        "rotary": Rotary(dim=partial.dim, style=style.rope, sliced=style.sliced) if rotates else None,
         "qk_norm": "full" if qk_norm == "full" else "head" if qk_norm else None,
         "softcap": style.softcap and bool(config.number("attn_logit_softcapping", default=0.0)),
         "bias": flag(config, style.bias),

@@ -60,6 +60,7 @@ def attention(config: Config, hidden: int, chunk: int | None, rotates: bool) -> 
         bias=config.flag("attention_bias"),
         kind="chunked_attention" if chunk else "full_attention",
         window=chunk,
+        scores="own dtype",
         rotary=Rotary(dim=head_dim, style="complex") if rotates else None,
         qk_norm="head" if rotates and config.flag("use_qk_norm", default=True) else None,
         implementations=("sdpa", "eager"),

@@ -3,6 +3,8 @@
 Source: transformers 5.17, models/minicpmv4_6/{modeling, configuration}_minicpmv4_6.py.
 """
 
+from dataclasses import replace
+
 from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.config import Config
 from hfvram.model.families import blocks
@@ -23,7 +25,7 @@ def read(config: Config, class_name: str | None) -> Architecture:
         text_stack(text, f"{prefix}language_model."),
         Stack("projector", (), before=merger(config, vision, text.size("hidden_size"), f"{prefix}merger")),
     )
-    return wrapper(config, class_name, text, stacks)
+    return replace(wrapper(config, class_name, text, stacks), logits_of_all_tokens=True)
 
 
 def merger(config: Config, vision: Config, hidden: int, name: str) -> tuple[Param, ...]:

@@ -3,6 +3,8 @@
 Source: transformers 5.17, models/qwen2_audio/{modeling, configuration}_qwen2_audio.py.
 """
 
+from dataclasses import replace
+
 from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.config import Config
 from hfvram.model.families import blocks
@@ -25,7 +27,7 @@ def read(config: Config, class_name: str | None) -> Architecture:
         Stack("projector", (), before=projector),
         text_stack(text, f"{prefix}language_model."),
     )
-    return wrapper(config, class_name, text, stacks, may_tie=False)
+    return replace(wrapper(config, class_name, text, stacks, may_tie=False), logits_of_all_tokens=True)
 
 
 def whisper_layer(config: Config) -> Layer:

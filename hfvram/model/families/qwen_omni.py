@@ -34,12 +34,12 @@ def read(config: Config, class_name: str | None) -> Architecture:
         model_type=config.model_type,
     )
     if not config.flag("enable_audio_output", default=True):
-        return architecture
+        return replace(architecture, logits_of_all_tokens=True)
     # The thinker's head is built before the talker: it ends the text stack.
     thinking = replace(stacks[-1], after=stacks[-1].after + architecture.head)
     talking = talker(section(config, "talker_config"), "talker.")
     sound = speech(section(config, "token2wav_config"), "token2wav.")
-    return replace(architecture, stacks=(*stacks[:-1], thinking, talking, sound), head=())
+    return replace(architecture, stacks=(*stacks[:-1], thinking, talking, sound), head=(), logits_of_all_tokens=True)
 
 
 def hearing(config: Config, prefix: str) -> Stack:

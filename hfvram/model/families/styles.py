@@ -82,6 +82,10 @@ class Style:
     sliding: Callable[[Config, int], list[bool]] = _all
     """The layers that slide, where the configuration has no `layer_types`."""
     softcap: bool = False
+    sliced: bool = False
+    """The attention's own code slices what is rotated (`Rotary.sliced`)."""
+    keeps: Literal["mixed", "mixed and normed"] | None = None
+    """`Layer.keeps`."""
     head_bias: Flag = False
 
 
@@ -157,6 +161,7 @@ STYLES: dict[str, Style] = {
         final_norm="final_layernorm",
         parallel=True,
         rotary_factor=0.5,
+        sliced=True,
         head_bias=True,
     ),
     "phi3": Style(fused_qkv=True, mlp="fused"),
@@ -178,6 +183,8 @@ STYLES: dict[str, Style] = {
         norm_bias=True,
         parallel="use_parallel_residual",
         rotary_factor=0.25,
+        sliced=True,
+        keeps="mixed and normed",
     ),
     "cohere": Style(
         **_ATTENTION,

@@ -124,7 +124,7 @@ def scores(
         causal=causal,
         cached=cached,
         position_bias=True,
-        softmax_fp32=False,
+        scores="own dtype",
         implementations=("sdpa", "eager"),
         extra=extra,
     )
