@@ -1,0 +1,241 @@
+"""Training that is sharded over GPUs, by FSDP2's own code: the first of `world` ranks, whose peers are not there.
+
+`fully_shard` runs on meta over a process group that moves nothing. Three things stand in its way: "meta" has no
+streams, parameters may not be on meta when training starts, and storages are emptied and filled by `resize_`, which no
+dispatch mode sees. Each is replaced while `ranks` stands, and put back.
+"""
+
+import contextlib
+import math
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+# The package exports functions under the names of some of its modules.
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group  # noqa: F401
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from hfvram.errors import HfvramError
+from hfvram.memory.exact.build import name_tensors
+from hfvram.memory.exact.run import Run
+from hfvram.memory.exact.tracker import Tracker
+from hfvram.memory.timeline import Category
+from hfvram.request import Request
+
+GPUS_A_NODE = 8
+MAX_RANKS = 1 << 16
+FSDP = "torch.distributed.fsdp._fully_shard."
+GATHERED = "parameters gathered by FSDP"
+REDUCED = "gradients reduced by FSDP"
+
+
+class CudaStream:
+    """A CUDA stream by its number: what is allocated on it comes from a pool of its own, as on a GPU."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def record_event(self, event: Any = None) -> "CudaEvent":
+        return event or CudaEvent()
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+
+class CudaEvent:
+    """Nothing runs, so nothing is waited for."""
+
+    def record(self, stream: Any = None) -> "CudaEvent":
+        return self
+
+    def synchronize(self) -> None: ...
+
+
+class Device:
+    """What FSDP asks of `torch.cuda`; the tracker always knows the current stream."""
+
+    Event = CudaEvent
+
+    def __init__(self, tracker: Tracker) -> None:
+        self.tracker = tracker
+        self.streams = 0
+
+    def Stream(self, *args: Any, **kwargs: Any) -> CudaStream:
+        self.streams += 1
+        return CudaStream(self.streams)
+
+    def current_stream(self) -> CudaStream:
+        return CudaStream(self.tracker.stream)
+
+    @contextlib.contextmanager
+    def stream(self, stream: CudaStream) -> Iterator[None]:
+        before, self.tracker.stream = self.tracker.stream, stream.number
+        try:
+            yield
+        finally:
+            self.tracker.stream = before
+
+
+@contextlib.contextmanager
+def ranks(tracker: Tracker, world: int) -> Iterator[None]:
+    """A world of so many ranks, of which this process is the first, and FSDP2 ready for meta. Gone on leaving.
+
+    Raises `usage` for too many ranks, and inside of a job that is distributed itself.
+    """
+    if world > MAX_RANKS:
+        raise HfvramError("usage", f"--gpus {world} is out of range: --method simulate answers up to {MAX_RANKS}")
+    if dist.is_initialized():
+        raise HfvramError(
+            "usage", "this process is a rank of a distributed job: --method simulate needs one of its own"
+        )
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    try:
+        with _fsdp_on_meta(tracker):
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _fsdp_on_meta(tracker: Tracker) -> Iterator[None]:
+    device = Device(tracker)
+    handle = device_mesh._get_device_handle
+
+    def alloc_storage(tensor: Any) -> None:
+        if tensor.untyped_storage().size() != (nbytes := tensor.numel() * tensor.itemsize):
+            tensor.untyped_storage().resize_(nbytes)
+            with _named(tracker, "workspace", GATHERED):
+                tracker.resized(tensor, nbytes)
+
+    def free_storage(tensor: Any) -> None:
+        if tensor.untyped_storage().size():
+            tensor.untyped_storage().resize_(0)
+            tracker.resized(tensor, 0)
+
+    def named(function: Any, category: Category, name: str) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with _named(tracker, category, name):
+                return function(*args, **kwargs)
+
+        return run
+
+    group = sys.modules[FSDP + "_fsdp_param_group"]
+    with contextlib.ExitStack() as stack:
+        for name, module in list(sys.modules.items()):
+            if name.startswith(FSDP) and hasattr(module, "_get_device_handle"):
+                replaced = _replaced(module, _get_device_handle=lambda t="cuda": device if t == "meta" else handle(t))
+                stack.enter_context(replaced)
+            if name.startswith(FSDP) and hasattr(module, "_get_device_from_mesh"):
+                stack.enter_context(_replaced(module, _get_device_from_mesh=lambda mesh: torch.device("meta")))
+            if name.startswith(FSDP) and hasattr(module, "alloc_storage"):
+                stack.enter_context(_replaced(module, alloc_storage=alloc_storage, free_storage=free_storage))
+        calls: tuple[tuple[str, Category, str], ...] = (
+            ("foreach_all_gather", "workspace", GATHERED),
+            ("foreach_all_gather_copy_out", "workspace", GATHERED),
+            ("foreach_reduce", "gradients", REDUCED),
+        )
+        stack.enter_context(_replaced(group, **{f: named(getattr(group, f), c, n) for f, c, n in calls}))
+        stack.enter_context(_replaced(group.FSDPParamGroup, _validate_no_meta_params=lambda self: None))
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, **new: Any) -> Iterator[None]:
+    old = {name: getattr(owner, name) for name in new if hasattr(owner, name)}
+    for name in old:
+        setattr(owner, name, new[name])
+    try:
+        yield
+    finally:
+        for name, value in old.items():
+            setattr(owner, name, value)
+
+
+@contextlib.contextmanager
+def _named(tracker: Tracker, category: Category, name: str) -> Iterator[None]:
+    before = tracker.category, tracker.module
+    tracker.category, tracker.module = category, name
+    try:
+        yield
+    finally:
+        tracker.category, tracker.module = before
+
+
+def mesh_of(request: Request) -> DeviceMesh:
+    """The ranks in their order: replicas, shards, and tensor parallel ones (neighbours).
+
+    `hybrid_shard` shards within a node of eight GPUs and replicates over nodes. Raises `usage` where that can't be.
+    """
+    shards, replicas = (request.gpus or 1) // request.tp, 1
+    if request.fsdp == "hybrid_shard":
+        node = GPUS_A_NODE // math.gcd(GPUS_A_NODE, request.tp)
+        if shards > node:
+            if shards % node:
+                raise HfvramError(
+                    "usage",
+                    f"--fsdp hybrid_shard shards within nodes of {GPUS_A_NODE} GPUs: "
+                    f"valid --gpus are up to {node * request.tp}, and its multiples",
+                )
+            shards, replicas = node, shards // node
+    sizes = {"replicate": replicas} if request.fsdp == "hybrid_shard" else {}
+    sizes |= {"shard": shards} | ({"tp": request.tp} if request.tp > 1 else {})
+    return init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+
+def shard(run: Run, model: Any, request: Request, mesh: DeviceMesh) -> None:
+    """Apply `fully_shard` to each layer and to the whole, as accelerate does; what stands then is this rank's part.
+
+    The model is on meta and not tracked so far; adapters are in it. `--mixed-precision` is FSDP2's own policy.
+    """
+    dims = tuple(name for name in mesh.mesh_dim_names or () if name != "tp")
+    options: dict[str, Any] = {
+        "mesh": mesh[dims] if len(dims) > 1 else mesh[dims[0]],
+        "reshard_after_forward": request.fsdp != "shard_grad_op",
+    }
+    if request.mixed_precision != "no":
+        low = torch.bfloat16 if request.mixed_precision == "bf16" else torch.float16
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
+    for layer in layers(model):
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
+
+
+def layers(model: Any) -> list[Any]:
+    """The modules that are gathered one at a time, inner ones first.
+
+    Accelerate's rule: those that transformers never splits over devices. Where it names none that stands more than
+    once, the longest list of modules of one class.
+    """
+    never_split = set(getattr(_base(model), "_no_split_modules", None) or ())
+    found = [m for m in model.modules() if type(m).__name__ in never_split and any(True for _ in m.parameters())]
+    if len(found) < 2:
+        lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len({type(c) for c in m}) == 1]
+        found = list(max(lists, key=len, default=()))
+    return found[::-1]
+
+
+def _base(model: Any) -> Any:
+    """The model within its adapter."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def stand(tracker: Tracker, model: Any) -> None:
+    """Count what this rank holds, in the order in which `to_empty` puts it on a GPU, as if no other had been built."""
+    before, tracker.category = tracker.category, "weights"
+    _stand(tracker, model)
+    name_tensors(tracker, model)
+    tracker.category = before
+
+
+def _stand(tracker: Tracker, module: Any) -> None:
+    for child in module.children():
+        _stand(tracker, child)
+    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        tracker.add(tensor)
