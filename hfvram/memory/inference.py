@@ -9,12 +9,14 @@ from dataclasses import replace
 
 from hfvram.memory.attention import implementation, needs_mask, stored_tokens
 from hfvram.memory.blocks import HIDDEN, normalize
+from hfvram.memory.compressed import window
 from hfvram.memory.forward import Forward
 from hfvram.memory.hybrid import hybrid, is_hybrid, keeps_embedding, scales_embedding
 from hfvram.memory.mixers import feed, grow_cache, mix
+from hfvram.memory.streams import STREAMS, collapse, streams_layer
 from hfvram.memory.timeline import Tag, Timeline
 from hfvram.model.architecture import Architecture
-from hfvram.model.layers import Attention, FeedForward, LatentAttention, Layer, MixtureOfExperts
+from hfvram.model.layers import Attention, CompressedAttention, FeedForward, LatentAttention, Layer, MixtureOfExperts
 
 GENERATE = "transformers 5.17: generation/utils.py"
 IDS = Tag("token ids, mask and positions", "inputs", "b·s·8", GENERATE)
@@ -92,6 +94,10 @@ def forward(t: Timeline, architecture: Architecture, f: Forward, caches: list[li
         if hidden not in kept:
             t.free(hidden)
         hidden = out
+    if stack.layers and stack.layers[-1].streams > 1:
+        one = collapse(t, f, stack.hidden_size, stack.layers[-1].streams)
+        t.free(hidden)
+        hidden = one
     if architecture.final_norm:
         stream = replace(f, dtype="fp32") if t.sizes[hidden] > f.bytes(stack.hidden_size) else f
         normed = normalize(t, stream, stack.hidden_size, architecture.final_norm)
@@ -119,6 +125,8 @@ def _embed(t: Timeline, f: Forward, architecture: Architecture) -> tuple[list[in
     nbytes = f.bytes(stack.hidden_size)
     tables = sum(p.kind == "embedding" and p.shape[-1] == stack.hidden_size for p in stack.before)
     normed = any(p.kind == "norm" for p in stack.before)
+    if stack.layers and stack.layers[0].streams > 1:
+        return [t.alloc(nbytes, HIDDEN)], t.alloc(nbytes * stack.layers[0].streams, STREAMS)
     if architecture.task == "encoder" or (tables < 2 and not normed):
         embedded = t.alloc(nbytes, HIDDEN)
         return [embedded], embedded
@@ -142,6 +150,8 @@ def run_layer(t: Timeline, f: Forward, layer: Layer, hidden: int, cache: list[in
     width = layer_width(layer)
     if is_hybrid(layer):
         return hybrid(t, f, layer, hidden, cache)
+    if layer.streams > 1:
+        return streams_layer(t, f, layer, width, cache)
     if layer.residual_fp32 and f.half:
         return _fp32_residual(t, f, layer, width, hidden, cache)
     if layer.parallel:
@@ -237,7 +247,12 @@ def _angles(t: Timeline, f: Forward, layers: tuple[Layer, ...]) -> list[int]:
 
 def _masks(t: Timeline, f: Forward, layers: tuple[Layer, ...]) -> list[int]:
     """One mask for each kind of attention that is given one: booleans, or for eager attention an additive one."""
-    parts = {m.window: m for x in layers for m in x.mixers if isinstance(m, Attention)}
+    mixers = {id(m): m for x in layers for m in x.mixers}.values()
+    parts = {m.window: m for m in mixers if isinstance(m, Attention)}
+    parts |= {m.window: window(m) for m in mixers if isinstance(m, CompressedAttention)}
+    indexed = any(isinstance(m, LatentAttention) and m.index_top_k for m in mixers)
+    if indexed and f.attention != "flash_attention_2":  # the indexer always reads one
+        return [t.alloc(f.rows * (f.past + f.tokens), MASK)]
     masks = []
     for part in parts.values():
         eager = implementation(f, part) == "eager"

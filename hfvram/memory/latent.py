@@ -6,7 +6,7 @@ Source: transformers 5.17, models/deepseek_v2, deepseek_v3 and glm_moe_dsa (mode
 """
 
 from hfvram.memory.attention import CACHES, grow, kernel
-from hfvram.memory.blocks import HIDDEN, ROTARY, normalize
+from hfvram.memory.blocks import HIDDEN, ROTARY, normalize, rotate
 from hfvram.memory.forward import Forward
 from hfvram.memory.timeline import Tag, Timeline
 from hfvram.model.layers import Attention, LatentAttention
@@ -66,18 +66,20 @@ def latent_attention(t: Timeline, f: Forward, part: LatentAttention, cache: list
     rotary_key = _rotate(t, f, part, 1)
     attended = f.past + f.tokens
     if part.latent_cache:
-        grow(t, f, cached_attention(part), cache)
+        grow_latent(t, f, part, cache)
         t.free(latent, rotary_key)
         held.append(t.alloc(f.bytes(heads * qk), QUERY))
         held += _expand(t, f, part, attended)
     else:
         held += [latent, rotary_key, t.alloc(f.bytes(heads * qk), QUERY)]
         fresh = _expand(t, f, part, f.tokens)
-        grow(t, f, cached_attention(part), cache)
+        grow_latent(t, f, part, cache)
         t.free(*fresh)
     if part.index_heads:
-        held.append(_index(t, f, part, attended, cache))
-    out, kept = kernel(t, f, expanded_attention(part), False, bool(part.index_heads))
+        held.append(_index(t, f, part, attended))
+    if part.index_top_k:
+        held += _sparse_mask(t, f, part, attended)
+    out, kept = kernel(t, f, expanded_attention(part), False, bool(part.index_top_k))
     projected = t.alloc(f.bytes(part.hidden_size), HIDDEN)
     t.free(out, *held)
     return projected, kept
@@ -104,18 +106,51 @@ def _expand(t: Timeline, f: Forward, part: LatentAttention, tokens: int) -> list
     return [t.alloc(rows * (nope + part.v_head_dim), EXPANDED), t.alloc(rows * (nope + rope), EXPANDED)]
 
 
-def _index(t: Timeline, f: Forward, part: LatentAttention, attended: int, cache: list[int]) -> int:
-    """DeepSeek's sparse attention: every index head scores all tokens in fp32; what is kept is a mask of the chosen."""
-    width = part.index_heads * part.index_head_dim
-    keys = t.alloc(f.batch * attended * part.index_head_dim * f.element_bytes, INDEX_CACHE)
-    if len(cache) > 2:
-        t.free(cache.pop())
-    cache.append(keys)
-    query = [t.alloc(f.bytes(width), INDEX), t.alloc(f.bytes(width), INDEX), t.alloc(f.fp32_bytes(width), INDEX)]
-    scores = f.batch * f.tokens * attended * 4
-    t.moment(INDEX, scores * part.index_heads, scores * part.index_heads)
-    t.moment(INDEX, scores * part.index_heads, scores, scores)
-    t.free(*query)
-    mask = t.alloc(scores // 4, INDEX)
-    t.moment(INDEX, scores // 4)
-    return mask
+def grow_latent(t: Timeline, f: Forward, part: LatentAttention, cache: list[int]) -> None:
+    """Append the new tokens to the layer's cache: keys and values, and behind them the indexer's keys."""
+    indexed = [cache.pop()] if part.index_heads and cache else []
+    grow(t, f, cached_attention(part), cache)
+    if part.index_heads:
+        length = f.static_length or f.past + f.tokens
+        if indexed and f.static_length:
+            cache += indexed
+            return
+        cache.append(t.alloc(f.batch * length * part.index_head_dim * f.element_bytes, INDEX_CACHE))
+        t.free(*indexed)
+
+
+def _index(t: Timeline, f: Forward, part: LatentAttention, attended: int) -> int:
+    """Every index head scores all tokens in fp32, two such tensors at once. Returns the handle of the chosen indices."""
+    width, rotated = f.bytes(part.index_heads * part.index_head_dim), f.bytes(part.index_heads * part.qk_rope_head_dim)
+    held = [t.alloc(width, INDEX), rotate(t, rotated, rotated, INDEX), t.alloc(width, INDEX)]
+    scores = f.rows * attended * 4
+    wide = [t.alloc(width // f.element_bytes * 4, INDEX)]
+    if f.batch > 1:  # of several sequences, the product is given the keys copied for each token
+        wide.append(t.alloc(scores * part.index_head_dim, INDEX))
+    product = t.alloc(scores * part.index_heads, INDEX)
+    t.free(*wide)
+    for _ in range(2):  # scaled, and its positive part
+        new = t.alloc(scores * part.index_heads, INDEX)
+        t.free(product)
+        product = new
+    summed = t.alloc(scores, INDEX)
+    masked = t.alloc(scores, INDEX)
+    t.free(summed)
+    best = f.rows * min(part.index_top_k, attended) * 4
+    values, indices = t.alloc(best, INDEX), t.alloc(2 * best, INDEX)
+    t.free(values)
+    chosen = t.alloc(best, INDEX)
+    t.free(indices, *held, product, masked)
+    return chosen
+
+
+def _sparse_mask(t: Timeline, f: Forward, part: LatentAttention, attended: int) -> list[int]:
+    """What the indices leave out, and both masks in one: booleans for every pair of tokens."""
+    pairs = f.rows * attended
+    ones, wide = t.alloc(pairs, INDEX), t.alloc(f.rows * min(part.index_top_k, attended) * 8, INDEX)
+    left_out = t.alloc(pairs, INDEX)
+    t.free(ones, wide)
+    kept = t.alloc(pairs, INDEX)
+    both = t.alloc(pairs, INDEX)
+    t.free(kept)
+    return [left_out, both]

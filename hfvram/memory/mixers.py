@@ -1,15 +1,17 @@
 """Which function writes the memory of which kind of layer: the one place where kinds and their formulas meet."""
 
 from hfvram.memory.attention import attention, cross_attention, grow
+from hfvram.memory.compressed import compressed_attention, grow_compressed
 from hfvram.memory.feed_forward import feed_forward, mixture
 from hfvram.memory.forward import Forward
-from hfvram.memory.latent import cached_attention, latent_attention
+from hfvram.memory.latent import grow_latent, latent_attention
 from hfvram.memory.linear_attention import delta_net, lightning, rg_lru, short_convolution
 from hfvram.memory.ssm import mamba1, mamba2
 from hfvram.memory.timeline import Timeline
 from hfvram.model.layers import (
     RGLRU,
     Attention,
+    CompressedAttention,
     FeedForward,
     GatedDeltaNet,
     LatentAttention,
@@ -32,6 +34,8 @@ def mix(t: Timeline, f: Forward, part: Mixer, cache: list[int]) -> tuple[int, li
     if isinstance(part, LatentAttention):
         out, kept = latent_attention(t, f, part, cache)
         return out, [] if kept is None else [kept]
+    if isinstance(part, CompressedAttention):
+        return compressed_attention(t, f, part, cache)
     if isinstance(part, Mamba1):
         return mamba1(t, f, part, cache), []
     if isinstance(part, Mamba2):
@@ -50,8 +54,10 @@ def mix(t: Timeline, f: Forward, part: Mixer, cache: list[int]) -> tuple[int, li
 def grow_cache(t: Timeline, f: Forward, layer: Layer, cache: list[int]) -> None:
     """What a step does to a layer's cache, and nothing else: for layers whose step was written once already."""
     for part in layer.mixers:
-        if isinstance(part, LatentAttention):
-            grow(t, f, cached_attention(part), cache)
+        if isinstance(part, CompressedAttention):
+            grow_compressed(t, f, part, cache)
+        elif isinstance(part, LatentAttention):
+            grow_latent(t, f, part, cache)
         elif isinstance(part, Attention) and part.cached and part.kind != "cross_attention":
             grow(t, f, part, cache)
 

@@ -102,6 +102,7 @@ def latent_attention(config: Config, hidden: int, indexer: bool) -> LatentAttent
         qk_rope_head_dim=rope,
         v_head_dim=value,
         rotary_style=_rotary_style(config),
+        latent_cache=not sparse,
         index_heads=index_heads,
         index_head_dim=index_dim,
         index_top_k=config.size("index_topk", default=0, low=0) if sparse else 0,
