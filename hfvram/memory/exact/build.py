@@ -10,14 +10,15 @@ from hfvram.model import meta
 OWN = "the model's own tensors"
 
 
-def build(tracker: Tracker, config: Mapping[str, Any], class_name: str, dtype: str, attention: str) -> Any:
+def build(tracker: Tracker, config: Mapping[str, Any], class_name: str | None, dtype: str, attention: str) -> Any:
     """The model on meta, tracked while it is built; what stands then are weights and buffers.
 
     Raises `missing_extra`, `unknown_architecture` and `bad_config` as `meta.build` does.
     """
     tracker.category = "weights"
     with tracker:
-        model = meta.build({**config, "_attn_implementation": attention}, class_name, dtype)
+        asked = {} if attention == "sdpa" else {"_attn_implementation": attention}  # sdpa is the default where it runs
+        model = meta.build({**config, **asked}, class_name, dtype)
     name_tensors(tracker, model)
     tracker.category = "activations"
     return model

@@ -46,6 +46,8 @@ class FusedAttention(torch.autograd.Function):  # type: ignore[misc]
         shape = (b, heads, s, v.shape[3])
         out = like_layout(q, shape) if kernel == "cudnn" else heads_last(shape, q)
         rows = round_up(s, 32) if kernel == "efficient" else s
+        # Only flash attention computes the log-sum-exp where no gradient will need it.
+        rows = rows if kernel == "flash" or any(ctx.needs_input_grad) else 0
         log_sum = torch.empty((b, heads, rows), dtype=torch.float32, device=q.device)
         ctx.save_for_backward(q, k, v, bias, out, log_sum)
         ctx.kernel = kernel
@@ -170,8 +172,7 @@ class CudaBehaviour(TorchFunctionMode):  # type: ignore[misc]
             return attention(*args, **kwargs, hopper=self.hopper)
         if name == "dropout" and func is not torch.dropout_:
             return _dropout(*args, **kwargs)
-        args, kwargs = self.autocast.cast(name, args, kwargs)
-        return func(*args, **kwargs)
+        return self.autocast.call(func, name, args, kwargs)
 
 
 def _dropout(

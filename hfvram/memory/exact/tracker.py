@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hfvram.memory.timeline import Category, Tag, Timeline
@@ -13,7 +14,12 @@ from hfvram.memory.timeline import Category, Tag, Timeline
 aten = torch.ops.aten
 CUBLAS_BYTES = 32 << 20
 """cuBLAS's workspace on Hopper, one for each thread that multiplies: the forward's, and autograd's."""
+CUBLASLT_BYTES = 1 << 20
+"""cuBLASLt's, which products with a bias use, one for each thread too. Source: PyTorch 2.11, CUDABlas.cpp."""
+CUBLAS = Tag("cuBLAS workspace", "workspace", "32 MiB on Hopper, one a thread", "PyTorch 2.11: CublasHandlePool.cpp")
+CUBLASLT = Tag("cuBLASLt workspace", "workspace", "1 MiB, one a thread", "PyTorch 2.11: CUDABlas.cpp")
 MATRIX_PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.addbmm, aten._grouped_mm, aten._scaled_mm}
+TELLING = {aten.all, aten.eq}
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
@@ -21,7 +27,7 @@ def scratch_bytes(operator: Any, args: tuple[Any, ...]) -> tuple[int, ...]:
     """What CUDA's kernel of an operator holds beside its inputs and outputs, where the meta kernel does not show it.
 
     Softmax's backward multiplies into a tensor of its own; a sort keeps indices and values twice; `_safe_softmax` marks
-    rows that are masked whole. Source: PyTorch 2.11, native/cuda/SoftMax.cu, Sort.cu; measured exactly (T5, Mistral QLoRA).
+    rows that are masked whole. Source: PyTorch 2.11, native/cuda/SoftMax.cu, Sort.cu; measured exactly.
     """
     if operator is aten._softmax_backward_data:
         return (args[0].numel() * args[0].element_size(),)
@@ -35,8 +41,9 @@ def scratch_bytes(operator: Any, args: tuple[Any, ...]) -> tuple[int, ...]:
 class Tracker(TorchDispatchMode):  # type: ignore[misc]
     """A dispatch mode. `category` is what new storages are; `module` names what runs; `stream` is whose pool serves.
 
-    Answers what meta tensors can't: a boolean read from one is True, a number 0, so that data-dependent code takes the
-    path of unpadded, balanced input.
+    Answers what meta tensors can't: whether a mask is all ones (`all`, or `sum() == numel()`) is whether the input is
+    `unpadded`; more dimensions are activations, all finite; any other boolean is False and a number 0. So data-dependent
+    code takes the path of ordinary, balanced input.
     """
 
     def __init__(self, timeline: Timeline) -> None:
@@ -46,21 +53,27 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
         self.module = ""
         self.stream = 0
         self.backward = False
-        self.boolean = True
+        self.unpadded = True
+        self.told: dict[int, bool] = {}
         self.live: dict[int, tuple[int, Any]] = {}
-        self.workspaces: set[str] = set()
+        self.workspaces: set[object] = set()
         self._tags: dict[tuple[str, Category], Tag] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if types:
+            for of in types:
+                if issubclass(of, DTensor): return NotImplemented
         operator = func._overloadpacket
         if operator is aten._local_scalar_dense:
             return self._scalar(func, args[0])
         if operator is aten.equal:
             return True
         if operator in MATRIX_PRODUCTS:
-            self.workspace("backward" if self.backward else "forward")
+            self.workspace("backward" if self.backward else "forward", operator is aten.addmm and args[0].dim() == 1)
         out = func(*args, **(kwargs or {}))
         self.see(out)
+        if operator in TELLING and out.numel() == 1 and (handle := self.add(out)) is not None:
+            self.told[handle] = self.unpadded or (operator is aten.all and args[0].dim() > 2)
         if scratch := scratch_bytes(operator, args):
             self.timeline.moment(self.tag("kernel scratch"), *scratch)
         return out
@@ -68,7 +81,9 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
     def _scalar(self, func: Any, tensor: Any) -> Any:
         if tensor.device.type != "meta":
             return func(tensor)
-        return self.boolean if tensor.dtype == torch.bool else 0.0 if tensor.dtype.is_floating_point else 0
+        if tensor.dtype == torch.bool:
+            return self.told.get(self.add(tensor) or 0, False)
+        return 0.0 if tensor.dtype.is_floating_point else 0
 
     def see(self, out: Any) -> None:
         """Register the storages of an operator's outputs."""
@@ -116,10 +131,14 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
         elif nbytes:
             self.add(tensor)
 
-    def workspace(self, thread: str) -> None:
+    def workspace(self, thread: str, biased: bool) -> None:
+        """The workspaces of matrix products, which stay once a thread has one."""
         if thread not in self.workspaces:
             self.workspaces.add(thread)
-            self.timeline.alloc(CUBLAS_BYTES, Tag("cuBLAS workspace", "workspace", "32 MiB on Hopper, one a thread"))
+            self.timeline.alloc(CUBLAS_BYTES, CUBLAS)
+        if biased and (thread, "Lt") not in self.workspaces:
+            self.workspaces.add((thread, "Lt"))
+            self.timeline.alloc(CUBLASLT_BYTES, CUBLASLT)
 
     def tag(self, name: str) -> Tag:
         key = name, self.category
