@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hfvram.memory.timeline import Category, Tag, Timeline
@@ -60,9 +59,6 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
         self._tags: dict[tuple[str, Category], Tag] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if types:
-            for of in types:
-                if issubclass(of, DTensor): return NotImplemented
         operator = func._overloadpacket
         if operator is aten._local_scalar_dense:
             return self._scalar(func, args[0])
