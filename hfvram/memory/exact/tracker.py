@@ -59,7 +59,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
         self._tags: dict[tuple[str, Category], Tag] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if types and any(t is not torch.Tensor for t in types):
+        if types and any(t.__name__ == "DTensor" for t in types):
             return NotImplemented  # a DTensor runs its operators on its local tensors, and those are seen
         operator = func._overloadpacket
         if operator is aten._local_scalar_dense:
