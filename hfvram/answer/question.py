@@ -173,15 +173,19 @@ def _estimate(
 def _assumptions(model: Model, found: Estimate) -> list[str]:
     """What the same request takes where an assumption that people can't see does not hold."""
     request = found.request
-    if model.components or request.method == "guide":
+    if model.components or request.method != "formula":
         return []
+
+    def added(**changes: str | bool) -> int:
+        """Live bytes at the peak that the changed request has more, without the allocator's part."""
+        other = timeline(model.architecture, request.with_(**changes)).fullest_bytes()
+        return other - sum(i.bytes for i in found.items if i.category != "rounding")
+
     said = []
-    if request.batch > 1 and not request.padding and request.phase == "generate":
-        added = taken(model, request.with_(padding=True)) - found.device_bytes
-        if added > 0:
-            said.append(f"sequences of unequal length would add {gib(added)} for their padding mask (--padding)")
+    if request.batch > 1 and not request.padding and request.phase == "generate" and (more := added(padding=True)) > 0:
+        said.append(f"sequences of unequal length would add {gib(more)} for their padding mask (--padding)")
     if any(isinstance(m, (Mamba1, Mamba2)) for layer in model.architecture.text.layers for m in layer.mixers):
         other, words = ("fallback", "without") if request.kernels == "fused" else ("fused", "with")
-        total = gib(taken(model, request.with_(kernels=other)))
-        said.append(f"{words} the mamba-ssm and causal-conv1d kernels it takes {total} (--kernels {other})")
+        total = gib(found.device_bytes + added(kernels=other))
+        said.append(f"{words} the mamba-ssm and causal-conv1d kernels it takes about {total} (--kernels {other})")
     return said

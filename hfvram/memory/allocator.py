@@ -124,7 +124,7 @@ class Peaks:
     event: int
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1024)
 def stand(standing: Standing) -> Allocator:
     """The allocator once weights and buffers stand, unused segments given back."""
     allocator = Allocator()

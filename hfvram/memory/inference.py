@@ -13,6 +13,7 @@ from hfvram.memory.compressed import window
 from hfvram.memory.forward import Forward
 from hfvram.memory.hybrid import hybrid, is_hybrid, keeps_embedding, scales_embedding
 from hfvram.memory.mixers import feed, grow_cache, mix
+from hfvram.memory.repetition import Pattern, pattern, repeat
 from hfvram.memory.streams import STREAMS, collapse, streams_layer
 from hfvram.memory.timeline import Tag, Timeline
 from hfvram.model.architecture import Architecture
@@ -73,7 +74,8 @@ def _count_cache(t: Timeline, caches: list[list[int]]) -> None:
 def forward(t: Timeline, architecture: Architecture, f: Forward, caches: list[list[int]]) -> None:
     """One pass through the main stack, up to the logits of the last token.
 
-    While decoding, a layer like one that was written already only grows its cache: the rest is alike and small.
+    Of layers of one shape the first two are written whole, the others by their pattern; while decoding, they only grow
+    their caches.
     """
     stack = architecture.text
     unscaled = [t.alloc(f.bytes(stack.hidden_size), HIDDEN)] if scales_embedding(stack.layers) else []
@@ -84,13 +86,18 @@ def forward(t: Timeline, architecture: Architecture, f: Forward, caches: list[li
         held.append(t.alloc(f.bytes(stack.hidden_size), HIDDEN))
     held += [*_angles(t, f, stack.layers), *_masks(t, f, stack.layers)]
     hidden = embedded
-    written: set[int] = set()
+    written: dict[int, Pattern | None] = {}
     for layer, cache in zip(stack.layers, caches, strict=True):
         if f.past and id(layer) in written:
             grow_cache(t, f, layer, cache)
             continue
-        written.add(id(layer))
-        out = run_layer(t, f, layer, hidden, cache)
+        if known := written.get(id(layer)):
+            out = repeat(t, known, cache)
+        else:
+            start = len(t.events), len(t.sizes)
+            out = run_layer(t, f, layer, hidden, cache)
+            again = id(layer) in written and not f.past
+            written[id(layer)] = pattern(t, *start, cache, out) if again else None
         if hidden not in kept:
             t.free(hidden)
         hidden = out

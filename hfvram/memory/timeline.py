@@ -100,6 +100,19 @@ class Timeline:
         """The phase in which this event stands."""
         return next((name for at, name in reversed(self.marks) if at < event), "start")
 
+    def fullest_bytes(self) -> int:
+        """The most bytes that are live at once, as they were asked for: no rounding, no allocator."""
+        live = most = 0
+        sizes = self.sizes
+        for event in self.events:
+            if event >= 0:
+                live += sizes[event]
+                if live > most:
+                    most = live
+            else:
+                live -= sizes[~event]
+        return most + sum(self.standing.bytes_by_tag.values())
+
     def live(self, upto: int) -> list[int]:
         """Handles that are live after the first `upto` events, in order of allocation."""
         handles: dict[int, None] = {}

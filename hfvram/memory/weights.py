@@ -85,7 +85,7 @@ def param_bytes(param: Param, dtype: str, quant: str, double_quant: bool) -> tup
     return ((nbytes, {"buffer": BUFFERS, "adapter": ADAPTER}.get(param.kind, WEIGHTS)),)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1024)
 def standing(architecture: Architecture, dtype: str, quant: str, double_quant: bool) -> Standing:
     """Every tensor that stands before the first token.
 
