@@ -21,6 +21,7 @@ from hfvram.errors import HfvramError
 from hfvram.request import CHOICES, Request
 from hfvram.show.cli import main
 
+ROOT = Path(__file__).parents[1]
 CATALOGUE = json.loads((Path(hfvram.__file__).parent / "read" / "catalogue.json").read_text())["models"]
 FIRST = ["mistralai/Mixtral-8x7B", "--mode", "inference", "--ctx", "8192"]
 GiB = 2**30
@@ -203,6 +204,27 @@ def test_every_model_of_the_catalogue_answers_and_the_whole_of_it_in_seconds() -
         assert e.model.active_parameters <= e.model.parameters
         assert (e.model.active_parameters < e.model.parameters) == bool(e.model.experts), model
     assert took / len(answers) < 0.05  # in all some seconds, models read included
+
+
+FACTS = [json.loads(line) for line in (ROOT / "fixtures" / "configs" / "facts.jsonl").read_text().splitlines()]
+
+
+def test_every_configuration_known_to_be_real_answers(tmp_path: Path) -> None:
+    """Real configurations as folders, with the parameters that transformers builds of them."""
+    session, wrong = Session(), []
+    for number, line in enumerate(FACTS):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(line["config"]))
+        try:
+            e = session.estimate(str(folder), Request())
+        except HfvramError as error:
+            # a quantization whose sizes are not known is said to be so
+            wrong += [f"{line['id']}: {error}"] if error.kind != "usage" or "quantization" not in str(error) else []
+            continue
+        check(e)
+        wrong += [f"{line['id']}: {e.model.parameters}"] if e.model.parameters != line["parameters"] else []
+    assert wrong == []
 
 
 def check(e: Estimate) -> None:
