@@ -5,8 +5,8 @@
 
 The Hub is the tests' own, over real HTTP on loopback, with Mixtral's 19 shards, their real tensors and the repository's
 other files. Each command is a process of its own; figures are the least of its runs, own time is user and system. Where
-hf-mem is installed it answers the same from the same Hub, its address rewritten. With --check, exit 1 where a bound does
-not hold.
+hf-mem is installed it answers the same from the same Hub, its address rewritten. With --check, exit 1 where a bound
+does not hold.
 """
 
 import argparse
