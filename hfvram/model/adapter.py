@@ -1,21 +1,26 @@
 """A PEFT adapter on a model: the tensors that it adds, from its files or from its configuration.
 
-Source: PEFT 0.18, tuners/lora/layer.py and config.py; adapters in half precision are cast to fp32 when they are loaded
+Source: PEFT 0.21, tuners/lora/layer.py and config.py; adapters in half precision are cast to fp32 when they are loaded
 (`autocast_adapter_dtype`).
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from hfvram.errors import HfvramError, printable
 from hfvram.model.architecture import Architecture
 from hfvram.model.config import Config
 from hfvram.model.layers import Param
+from hfvram.model.patterns import Clock, expression, paths
 from hfvram.read.checkpoint import Adapter
 
 TARGETS = ("linear", "linear_subclass", "conv", "embedding", "other", "head")
 ALL_LINEAR = ("linear", "linear_subclass")
+CONV1D = ("gpt2",)
+"""Model types whose projections lie as (inputs, outputs)."""
+CLASSIFIERS = dict.fromkeys(("SEQ_CLS", "TOKEN_CLS"), ("classifier", "score"))
+"""Heads that PEFT trains whole for a task, beside the adapter. Source: PEFT 0.21, peft_model.py."""
 DEFAULT_TARGETS = ("q_proj", "v_proj")
 OTHER_DEFAULTS = {
     "query_key_value": ("bloom", "gpt_neox", "falcon"),
@@ -26,9 +31,11 @@ OTHER_DEFAULTS = {
     "query value": ("bert", "roberta", "xlm-roberta", "electra", "vit"),
     "query_proj value_proj": ("deberta-v2",),
     "q_proj v_proj fc1 fc2": ("phi",),
+    "qkv_proj": ("codegen",),
+    "q_proj k_proj v_proj o_proj": ("nemotron_h",),
     "in_proj x_proj dt_proj out_proj": ("mamba",),
 }
-"""What PEFT targets where a configuration names nothing. Source: PEFT 0.18, utils/constants.py."""
+"""What PEFT targets where a configuration names nothing. Source: PEFT 0.21, utils/constants.py."""
 
 
 def with_adapter(architecture: Architecture, adapter: Adapter) -> Architecture:
@@ -48,21 +55,32 @@ def _lora(architecture: Architecture, adapter: Adapter) -> Iterator[Param]:
         what = printable(kind or "of no type", 40)
         why = "its tensors can't be read, and only LoRA's sizes follow from a configuration"
         raise HfvramError("usage", f"the adapter {adapter.id} is {what}: {why}")
-    rank, ranks = config.size("r"), config.section("rank_pattern") or Config({})
-    saved = config.strings("modules_to_save") or []
+    rank, ranks = config.size("r"), _Ranks(config.section("rank_pattern") or Config({}))
+    wanted = _targets(config, architecture)
+    tensors = _listed(config.strings("target_parameters") or [], None)
+    saved = {*(config.strings("modules_to_save") or ()), *CLASSIFIERS.get(config.text("task_type", default=""), ())}
     found = False
     for param in architecture.all_params:
+        if saved and param.kind != "buffer" and not saved.isdisjoint(paths(param.name)):
+            yield Param(f"{param.name}.modules_to_save", param.shape, "adapter", "fp32")
+            continue
+        if param.kind != "buffer" and len(param.shape) in (2, 3) and tensors(param.name):
+            found = True
+            r = (ranks.of(param.name) or rank) * (param.shape[0] if len(param.shape) == 3 else 1)
+            yield Param(f"{param.name}.lora_A", (r, param.shape[-1]), "adapter", "fp32")
+            yield Param(f"{param.name}.lora_B", (param.shape[-2], r), "adapter", "fp32")
+            continue
         module = param.name.removesuffix(".weight")
         if module == param.name or len(param.shape) != 2 or param.kind not in TARGETS:
             continue
-        if any(module == name or module.endswith(f".{name}") for name in saved):
-            yield Param(f"{module}.modules_to_save.weight", param.shape, "adapter", "fp32")
-        elif targeted(config, param, module, architecture.model_type):
+        if wanted(param, module):
             found = True
-            outputs, inputs = param.shape
-            r = next((ranks.size(key) for key in ranks.values if re.search(rf"(.*\.)?{key}$", module)), rank)
+            outputs, inputs = param.shape if architecture.model_type not in CONV1D else param.shape[::-1]
+            r = ranks.of(module) or rank
             yield Param(f"{module}.lora_A.weight", (r, inputs), "adapter", "fp32")
             yield Param(f"{module}.lora_B.weight", (outputs, r), "adapter", "fp32")
+            if config.flag("lora_bias"):
+                yield Param(f"{module}.lora_B.bias", (outputs,), "adapter", "fp32")
             if config.flag("use_dora"):
                 yield Param(f"{module}.lora_magnitude_vector", (outputs,), "adapter", "fp32")
     if not found:
@@ -71,21 +89,73 @@ def _lora(architecture: Architecture, adapter: Adapter) -> Iterator[Param]:
         )
 
 
-def targeted(config: Config, param: Param, module: str, model_type: str) -> bool:
-    """Whether `target_modules` means this module: names and endings of names, one regular expression, or all linear."""
+class _Ranks:
+    """`rank_pattern`: the rank of modules by name, ending of a name, or regular expression for one."""
+
+    def __init__(self, section: Config) -> None:
+        sizes = {str(key): section.size(key) for key in section.values}
+        self.by_name = {key: size for key, size in sizes.items() if re.fullmatch(r"[\w.]+", key)}
+        others = [(expression(rf"(.*\.)?({key})"), size) for key, size in sizes.items() if key not in self.by_name]
+        self.others = [(e, size) for e, size in others if e]
+        self.clock = Clock()
+
+    def of(self, module: str) -> int | None:
+        parts = module.split(".")
+        named = (self.by_name.get(".".join(parts[i:])) for i in range(len(parts)))
+        found = (size for e, size in self.others if self.clock.run(e.is_whole, module))
+        return next((size for size in named if size), None) or next(found, None)
+
+
+def _targets(config: Config, architecture: Architecture) -> Callable[[Param, str], bool]:
+    """Whether an adapter means a module: names and endings of names, one regular expression, or all linear ones but
+    the language-model head."""
     targets = config.get("target_modules")
     if targets == "all-linear":
-        return param.kind in ALL_LINEAR
-    if isinstance(targets, str):
-        try:
-            return re.fullmatch(targets, module) is not None
-        except re.error:
-            raise HfvramError("bad_config", "adapter_config.json: target_modules is no regular expression") from None
-    names = config.strings("target_modules") or defaults(model_type)
-    layers = config.items("layers_to_transform") if isinstance(config.get("layers_to_transform"), list) else None
-    if layers is not None and (index := re.search(r"\.(\d+)\.", module)) and int(index[1]) not in layers:
-        return False
-    return any(module == name or module.endswith(f".{name}") for name in names)
+        included: Callable[[str], bool] | None = None
+    elif isinstance(targets, str):
+        included = _expressed(config, "target_modules")
+    else:
+        included = _listed(config.strings("target_modules") or defaults(architecture.model_type), _layers(config))
+    left_out = config.get("exclude_modules")
+    if isinstance(left_out, str):
+        excluded = _expressed(config, "exclude_modules")
+    else:
+        excluded = _listed(config.strings("exclude_modules") or [], None)
+
+    def wanted(param: Param, module: str) -> bool:
+        linear = param.kind in ALL_LINEAR or (param.kind == "head" and param.shape[0] != architecture.vocab_size)
+        found = included(module) if included else linear
+        return found and not (left_out and excluded(module))
+
+    return wanted
+
+
+def _layers(config: Config) -> frozenset[int] | None:
+    """`layers_to_transform`: one layer or several; None for all."""
+    chosen = config.get("layers_to_transform")
+    if isinstance(chosen, int):
+        return frozenset((chosen,))
+    found = config.items("layers_to_transform")
+    return frozenset(i for i in found if isinstance(i, int)) if found else None
+
+
+def _listed(names: list[str], layers: frozenset[int] | None) -> Callable[[str], bool]:
+    whole, endings = frozenset(names), tuple(f".{name}" for name in names)
+
+    def means(module: str) -> bool:
+        if module in whole or not module.endswith(endings):
+            return module in whole
+        index = re.search(r"\.(\d+)\.", module)
+        return layers is None or (index is not None and int(index[1]) in layers)
+
+    return means
+
+
+def _expressed(config: Config, key: str) -> Callable[[str], bool]:
+    if (found := expression(config.text(key, default=""))) is None:
+        raise HfvramError("bad_config", f"adapter_config.json: {key} is no regular expression that is understood here")
+    clock = Clock()
+    return lambda module: clock.run(found.is_whole, module)
 
 
 def defaults(model_type: str) -> list[str]:

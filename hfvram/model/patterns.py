@@ -50,14 +50,14 @@ def chosen(patterns: tuple[str, ...]) -> Callable[[str], bool]:
     clock = Clock()
 
     def means(name: str) -> bool:
-        if plain and not plain.isdisjoint(_paths(name)):
+        if plain and not plain.isdisjoint(paths(name)):
             return True
         return any(_globbed(name, pieces) for pieces in globs) or any(clock.run(e.begins, name) for e in expressions)
 
     return means
 
 
-def _paths(name: str) -> Iterable[str]:
+def paths(name: str) -> Iterable[str]:
     """Every run of whole parts of a name."""
     cuts = [-1, *(i for i, c in enumerate(name) if c == "."), len(name)]
     return (name[a + 1 : b] for i, a in enumerate(cuts) for b in cuts[i + 1 :])
