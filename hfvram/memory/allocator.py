@@ -7,6 +7,7 @@ merge; a segment is never given back while there is room.
 """
 
 from bisect import bisect_left, insort
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -33,79 +34,101 @@ def segment_bytes(size: int) -> int:
 
 
 class Allocator:
-    """One device's allocator. `allocated` and `reserved` are bytes now, `peak_allocated` at their fullest.
+    """One device's allocator. `allocated` and `reserved` are bytes now.
 
     Free blocks lie in pools, of small and of large ones for each stream: what one stream freed, no other gets.
     """
 
-    __slots__ = ("allocated", "end", "peak_allocated", "pools", "reserved")
+    __slots__ = ("allocated", "blocks", "end", "pools", "reserved")
 
     def __init__(self) -> None:
-        self.allocated = self.reserved = self.peak_allocated = 0
+        self.allocated = self.reserved = 0
         self.end = 0
+        self.blocks: dict[int, Block] = {}
         self.pools: dict[int, tuple[Pool, Pool]] = {0: ([], [])}
 
-    def malloc(self, nbytes: int, stream: int = 0) -> Block:
-        size = (nbytes + 511) & ~511 or 512
-        pools = self.pools.get(stream) or self.pools.setdefault(stream, ([], []))
-        small = size <= SMALL
-        pool = pools[0] if small else pools[1]
-        at = bisect_left(pool, (size,))
-        if at < len(pool):
-            block = pool.pop(at)[2]
-            block[FREE] = False
-        else:
-            segment = segment_bytes(size)
-            block = [segment, self.end, False, None, None, pool]
-            self.end += segment
-            self.reserved += segment
-        rest = block[SIZE] - size
-        if rest > SMALL or (rest and small):
-            after = block[AFTER]
-            remainder = [rest, block[ADDRESS] + size, True, block, after, pool]
-            if after is not None:
-                after[BEFORE] = remainder
-            block[AFTER] = remainder
-            block[SIZE] = size
-            insort(pool, (rest, remainder[ADDRESS], remainder))
-        self.allocated += block[SIZE]
-        if self.allocated > self.peak_allocated:
-            self.peak_allocated = self.allocated
-        return block
+    def run(
+        self,
+        events: Sequence[int],
+        sizes: Sequence[int] | Mapping[int, int],
+        streams: Mapping[int, int] | None = None,
+    ) -> tuple[int, int]:
+        """Allocate `sizes[e]` for each event e ≥ 0, and free it at ~e; nothing is done for 0 bytes.
 
-    def free(self, block: Block) -> None:
-        pool = block[POOL]
-        self.allocated -= block[SIZE]
-        before, after = block[BEFORE], block[AFTER]
-        if before is not None and before[FREE]:
-            del pool[bisect_left(pool, (before[SIZE], before[ADDRESS]))]
-            before[SIZE] += block[SIZE]
-            before[AFTER] = after
-            if after is not None:
-                after[BEFORE] = before
-            block = before
-        if after is not None and after[FREE]:
-            del pool[bisect_left(pool, (after[SIZE], after[ADDRESS]))]
-            block[SIZE] += after[SIZE]
-            block[AFTER] = beyond = after[AFTER]
-            if beyond is not None:
-                beyond[BEFORE] = block
-        block[FREE] = True
-        insort(pool, (block[SIZE], block[ADDRESS], block))
+        Returns the peak of allocated bytes, and after how many of these events it first stands (0: at the start).
+
+        One loop without calls: a hundred thousand events are a large model's, and each of them counts.
+        """
+        streams = streams or {}
+        pools, blocks, (small_pool, large_pool) = self.pools, self.blocks, self.pools[0]
+        allocated, reserved, end = self.allocated, self.reserved, self.end
+        peak, peak_event = allocated, 0
+        for i, event in enumerate(events, 1):
+            if event >= 0:
+                if not (nbytes := sizes[event]):
+                    continue
+                size = (nbytes + 511) & -512
+                small = size <= SMALL
+                if event in streams:
+                    pool = pools.setdefault(streams[event], ([], []))[0 if small else 1]
+                else:
+                    pool = small_pool if small else large_pool
+                at = bisect_left(pool, (size,))
+                if at < len(pool):
+                    block = pool.pop(at)[2]
+                    block[FREE] = False
+                else:
+                    segment = segment_bytes(size)
+                    block = [segment, end, False, None, None, pool]
+                    end += segment
+                    reserved += segment
+                rest = block[SIZE] - size
+                if rest > SMALL or (rest and small):
+                    after, address = block[AFTER], block[ADDRESS] + size
+                    remainder = [rest, address, True, block, after, pool]
+                    if after is not None:
+                        after[BEFORE] = remainder
+                    block[AFTER] = remainder
+                    block[SIZE] = size
+                    insort(pool, (rest, address, remainder))
+                    allocated += size
+                else:
+                    allocated += block[SIZE]
+                blocks[event] = block
+                if allocated > peak:
+                    peak, peak_event = allocated, i
+            elif (freed := blocks.pop(~event, None)) is not None:
+                size, address, _, before, after, pool = block = freed
+                allocated -= size
+                if before is not None and before[FREE]:
+                    del pool[bisect_left(pool, (before[SIZE], before[ADDRESS]))]
+                    before[SIZE] = size = before[SIZE] + size
+                    before[AFTER] = after
+                    if after is not None:
+                        after[BEFORE] = before
+                    block, address = before, before[ADDRESS]
+                if after is not None and after[FREE]:
+                    del pool[bisect_left(pool, (after[SIZE], after[ADDRESS]))]
+                    block[SIZE] = size = size + after[SIZE]
+                    block[AFTER] = beyond = after[AFTER]
+                    if beyond is not None:
+                        beyond[BEFORE] = block
+                block[FREE] = True
+                insort(pool, (size, address, block))
+        self.allocated, self.reserved, self.end = allocated, reserved, end
+        return peak, peak_event
 
     def empty_cache(self) -> None:
-        """Give back every segment that is wholly free (`torch.cuda.empty_cache`), and forget the peak."""
+        """Give back every segment that is wholly free (`torch.cuda.empty_cache`)."""
         for pool in (pool for pools in self.pools.values() for pool in pools):
             whole = [x for x in pool if x[2][BEFORE] is None and x[2][AFTER] is None]
             self.reserved -= sum(x[0] for x in whole)
             pool[:] = [x for x in pool if x[2][BEFORE] is not None or x[2][AFTER] is not None]
-        self.peak_allocated = self.allocated
 
     def copy(self) -> "Allocator":
         """The same state for blocks that come later. What stands now can't be freed in the copy, nor merged with."""
         other = Allocator()
-        other.allocated, other.reserved, other.peak_allocated = self.allocated, self.reserved, self.peak_allocated
-        other.end = self.end
+        other.allocated, other.reserved, other.end = self.allocated, self.reserved, self.end
         for stream, pools in self.pools.items():
             other.pools[stream] = ([], [])
             for mine, pool in zip(pools, other.pools[stream], strict=True):
@@ -128,30 +151,18 @@ class Peaks:
 def stand(standing: Standing) -> Allocator:
     """The allocator once weights and buffers stand, unused segments given back."""
     allocator = Allocator()
-    for nbytes, _ in standing.tensors:
-        if nbytes:
-            allocator.malloc(nbytes)
+    allocator.run(range(len(standing.tensors)), [nbytes for nbytes, _ in standing.tensors])
     allocator.empty_cache()
     return allocator
 
 
 def replay(timeline: Timeline) -> Peaks:
-    """Run a timeline through the allocator."""
+    """Run a timeline through the allocator; the peaks are those since its last restart."""
     allocator = stand(timeline.standing).copy()
-    malloc, free, sizes, streams = allocator.malloc, allocator.free, timeline.sizes, timeline.streams
-    blocks: dict[int, Block] = {}
-    peak, peak_event, reserved, start = allocator.allocated, 0, allocator.reserved, 0
+    start, peak, event = 0, allocator.allocated, 0
     for stop in (*timeline.restarts, len(timeline.events)):
         if start:
             allocator.empty_cache()
-            peak, peak_event, reserved = allocator.allocated, start, allocator.reserved
-        for i, event in enumerate(timeline.events[start:stop], start + 1):
-            if event >= 0:
-                if nbytes := sizes[event]:
-                    blocks[event] = malloc(nbytes, streams[event]) if event in streams else malloc(nbytes)
-                    if allocator.allocated > peak:
-                        peak, peak_event = allocator.allocated, i
-            elif (block := blocks.pop(~event, None)) is not None:
-                free(block)
-        start = stop
-    return Peaks(peak, max(reserved, allocator.reserved), peak_event)
+        peak, event = allocator.run(timeline.events[start:stop], timeline.sizes, timeline.streams)
+        event, start = start + event, stop
+    return Peaks(peak, allocator.reserved, event)

@@ -16,13 +16,34 @@ class Pattern(NamedTuple):
 
 
 def pattern(t: Timeline, first_event: int, first_handle: int, cache: list[int], out: int) -> Pattern:
-    """What the timeline holds since `first_event`, the first handle of which was `first_handle`."""
+    """What matters of what the timeline holds since `first_event`, the first handle of which was `first_handle`:
+    what stays, what is live when that is allocated, and what is live at the fullest moment."""
+    events, sizes = t.events[first_event:], t.sizes
+    live: dict[int, None] = {}
+    staying = {out, *cache}
+    wanted = set(staying)
+    fullest: set[int] = set()
+    total = most = 0
+    for event in events:
+        if event >= 0:
+            live[event] = None
+            total += sizes[event]
+            if total > most:
+                most, fullest = total, set(live)
+            if event in staying:
+                wanted.update(live)
+        else:
+            live.pop(~event, None)
+            total -= sizes[~event]
+    large = max((sizes[e] for e in events if e >= 0), default=0) // 4
+    wanted.update(e for e in events if e >= 0 and sizes[e] >= large)
+    kept = {handle: i for i, handle in enumerate(sorted(wanted | fullest))}
     return Pattern(
-        sizes=t.sizes[first_handle:],
-        tags=t.tags[first_handle:],
-        events=[e - first_handle if e >= 0 else e + first_handle for e in t.events[first_event:]],
-        cache=[handle - first_handle for handle in cache],
-        out=out - first_handle,
+        sizes=[sizes[handle] for handle in kept],
+        tags=[t.tags[handle] for handle in kept],
+        events=[kept[e] if e >= 0 else ~kept[~e] for e in events if (e if e >= 0 else ~e) in kept],
+        cache=[kept[handle] for handle in cache],
+        out=kept[out],
     )
 
 
