@@ -82,7 +82,7 @@ def compressed_attention(t: Timeline, f: Forward, part: CompressedAttention, cac
 def grow_compressed(t: Timeline, f: Forward, part: CompressedAttention, cache: list[int]) -> None:
     """The layer's cache after `f.tokens` more: a tensor whose size changed is a new one, its old one freed after it."""
     wanted = cache_sizes(part, f)
-    tags = [SHARED, COUNTER, *[ENTRIES] * (len(wanted) - 2)]
+    tags = [SHARED, COUNTER, *[ENTRIES if part.rate else SHARED] * (len(wanted) - 2)]
     if not cache:
         cache += [t.alloc(n, tag) for n, tag in zip(wanted, tags, strict=True)]
         return
@@ -101,9 +101,10 @@ def cache_sizes(part: CompressedAttention, f: Forward) -> list[int]:
     the last window's half of both.
     """
     row = f.batch * f.element_bytes
-    sizes = [row * stored_tokens(window(part), f.past, f.tokens) * part.head_dim, 8]
+    vectors = row * stored_tokens(window(part), f.past, f.tokens) * part.head_dim
     if not part.rate:
-        return sizes
+        return [vectors, 8, vectors]  # a plain window's cache keeps keys and values apart, though they are alike
+    sizes = [vectors, 8]
     total, waiting = f.past + f.tokens, f.past % part.rate + f.tokens
     overlaps = part.index_heads > 0
     for dim in (part.head_dim, part.index_head_dim)[: 1 + overlaps]:

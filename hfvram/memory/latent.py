@@ -5,7 +5,7 @@ b sequences of s new tokens that attend to t, a heads, c the latent's size, r th
 Source: transformers 5.17, models/deepseek_v2, deepseek_v3 and glm_moe_dsa (modeling_*.py); arXiv 2405.04434.
 """
 
-from hfvram.memory.attention import CACHES, grow, kernel
+from hfvram.memory.attention import CACHES, COUNTER, grow, kernel
 from hfvram.memory.blocks import HIDDEN, ROTARY, normalize, rotate
 from hfvram.memory.forward import Forward
 from hfvram.memory.timeline import Tag, Timeline
@@ -108,19 +108,19 @@ def _expand(t: Timeline, f: Forward, part: LatentAttention, tokens: int) -> list
 
 def grow_latent(t: Timeline, f: Forward, part: LatentAttention, cache: list[int]) -> None:
     """Append the new tokens to the layer's cache: keys and values, and behind them the indexer's keys."""
+    if f.static_length and cache:
+        return
     indexed = [cache.pop()] if part.index_heads and cache else []
     grow(t, f, cached_attention(part), cache)
     if part.index_heads:
         length = f.static_length or f.past + f.tokens
-        if indexed and f.static_length:
-            cache += indexed
-            return
         cache.append(t.alloc(f.batch * length * part.index_head_dim * f.element_bytes, INDEX_CACHE))
+        cache += [t.alloc(8, COUNTER)] if f.static_length else []
         t.free(*indexed)
 
 
 def _index(t: Timeline, f: Forward, part: LatentAttention, attended: int) -> int:
-    """Every index head scores all tokens in fp32, two such tensors at once. Returns the handle of the chosen indices."""
+    """Every index head scores all tokens in fp32, two such tensors at once. Returns the chosen indices' handle."""
     width, rotated = f.bytes(part.index_heads * part.index_head_dim), f.bytes(part.index_heads * part.qk_rope_head_dim)
     held = [t.alloc(width, INDEX), rotate(t, rotated, rotated, INDEX), t.alloc(width, INDEX)]
     scores = f.rows * attended * 4

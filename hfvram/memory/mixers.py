@@ -63,7 +63,7 @@ def grow_cache(t: Timeline, f: Forward, layer: Layer, cache: list[int]) -> None:
 
 
 def feed(t: Timeline, f: Forward, part: FeedForward | MixtureOfExperts, source: list[int] | None = None) -> int:
-    """The feed-forward of a layer. Returns the output's handle; one that is written into the layer frees `source`, its input."""
+    """The feed-forward of a layer. Returns the output's handle; an inline one frees `source`, its input."""
     if isinstance(part, FeedForward):
         return feed_forward(t, f, part, source if part.inline else None)
     return mixture(t, f, part)

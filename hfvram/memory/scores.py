@@ -47,7 +47,7 @@ def _lengths(f: Forward) -> tuple[int, int]:
 
 
 def _masked(t: Timeline, f: Forward, part: Attention, nbytes: int, tag: Tag) -> int:
-    """The product, scaled, with a bias and a mask where there are any: each a new tensor, the last one freed after it."""
+    """The product, scaled, with a bias and a mask where there are any: each a new tensor, freed after the next."""
     last = t.alloc(nbytes, tag)
     for _ in range(1 + (part.causal or f.masked) + (part.relative_bias is not None)):
         new = t.alloc(nbytes, tag)
