@@ -1,0 +1,78 @@
+"""LoRA and QLoRA by PEFT's own code on the meta device."""
+
+import re
+import warnings
+from typing import Any
+
+import torch
+
+from hfvram.errors import HfvramError, printable
+from hfvram.memory.exact.build import name_tensors
+from hfvram.memory.exact.run import Run
+from hfvram.memory.timeline import Tag
+from hfvram.request import Request
+
+ALPHA = 32
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def adapt(run: Run, model: Any, request: Request) -> Any:
+    """The model with its adapters, frozen below them. Raises `usage` where the targets match nothing, `missing_extra`.
+
+    As PEFT does it: for QLoRA what is not quantized is cast to fp32 (`prepare_model_for_kbit_training`), and adapters
+    of a model in half precision are kept in fp32 (`autocast_adapter_dtype`) unless another dtype is asked for.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise HfvramError("missing_extra", "LoRA needs peft: pip install 'hfvram[exact]'") from error
+    run.tracker.category = "weights"
+    with run.tracker, torch.device("meta"), warnings.catch_warnings(action="ignore"):
+        if request.mode == "qlora":
+            model.is_loaded_in_4bit = True
+            model = peft.prepare_model_for_kbit_training(
+                model, use_gradient_checkpointing=request.gradient_checkpointing
+            )
+            name_tensors(run.tracker, model)
+        elif request.gradient_checkpointing:
+            model.enable_input_require_grads()
+        config = peft.LoraConfig(
+            r=request.lora_r,
+            lora_alpha=ALPHA,
+            lora_dropout=request.lora_dropout,
+            target_modules=targets(request.lora_targets),
+            task_type=task(model),
+        )
+        wide = request.adapter_dtype == "fp32"
+        try:
+            adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=wide)
+        except ValueError as error:
+            reason = printable(" ".join(str(error).split()), 200)
+            raise HfvramError("usage", f"--lora-targets: {reason}") from error
+        if not wide:
+            for parameter in adapted.parameters():
+                if parameter.requires_grad and parameter.dtype != DTYPES[request.adapter_dtype]:
+                    parameter.data = parameter.data.to(DTYPES[request.adapter_dtype])
+    run.tracker.category = "activations"
+    for parameter in adapted.parameters():
+        if parameter.requires_grad and (handle := run.tracker.add(parameter)) is not None:
+            run.timeline.tags[handle] = Tag("LoRA adapters", "weights", "", "PEFT's own code", "exact")
+    return adapted
+
+
+def targets(asked: str | tuple[str, ...]) -> str | list[str]:
+    """What PEFT takes: names as a list, else `all-linear` or a regular expression.
+
+    >>> targets("q_proj"), targets(("q_proj", "v_proj")), targets("all-linear")
+    (['q_proj'], ['q_proj', 'v_proj'], 'all-linear')
+    """
+    if not isinstance(asked, str):
+        return list(asked)
+    return [asked] if re.fullmatch(r"\w+", asked) else asked
+
+
+def task(model: Any) -> str | None:
+    """PEFT's task type: what kind of forward it wraps."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        return "SEQ_2_SEQ_LM"
+    return "CAUSAL_LM" if model.can_generate() else None

@@ -1,0 +1,93 @@
+"""Two training steps on the meta device: forward, backward, clipping, optimizer step, as a training loop runs them."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.utils import checkpoint as torch_checkpoint
+
+from hfvram.memory.exact.kernels import CudaBehaviour
+from hfvram.memory.exact.optimizers import fused_on_meta, optimizer
+from hfvram.memory.exact.run import Run
+from hfvram.request import Request
+
+STEPS = 2
+"""The first step makes the optimizer's states, the second has them from its start."""
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def train(run: Run, model: Any, request: Request) -> None:
+    """Train a built model for two steps. The peaks start anew before the first."""
+    run.tracker.category = "inputs"
+    with run.tracker:
+        ids = torch.empty((request.batch, request.ctx or 1), dtype=torch.int64, device="meta")
+    run.tracker.category = "activations"
+    model.train()
+    if request.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
+    if request.mode in ("lora", "qlora"):
+        from hfvram.memory.exact.adapters import adapt
+
+        trained = adapt(run, model, request)
+    else:
+        trained = model
+    run.stands()
+    parameters = [p for p in trained.parameters() if p.requires_grad]
+    with run.on_cuda(model), run.autocast.stands_in(), recomputing(run):
+        steps(run, trained, ids, parameters, request)
+
+
+def steps(run: Run, model: Any, ids: Any, parameters: list[Any], request: Request) -> None:
+    tracker, timeline = run.tracker, run.timeline
+    opt = optimizer(request.optimizer, parameters)
+    for _ in range(STEPS):
+        for _ in range(min(request.grad_accum, 2)):
+            timeline.mark("forward")
+            with run.autocast.region(DTYPES.get(request.mixed_precision), request.mixed_precision != "no"):
+                out = model(input_ids=ids, labels=ids)
+            timeline.mark("backward")
+            tracker.backward = True
+            torch.autograd.backward([out.loss])
+            del out
+            tracker.backward = False
+        timeline.mark("clipping")
+        clip(parameters)
+        timeline.mark("optimizer step")
+        with fused_on_meta():
+            opt.step()
+        for p in parameters:
+            p.grad = None
+    timeline.mark("end")
+
+
+def clip(parameters: list[Any]) -> None:
+    """`torch.nn.utils.clip_grad_norm_` as it runs on CUDA."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norms = [torch.linalg.vector_norm(g) for g in grads]
+    total = torch.linalg.vector_norm(torch.stack([n.to(torch.float32) for n in norms]))
+    factor = (1.0 / (total + 1e-6)).clamp(max=1.0)
+    for g in grads:
+        g.mul_(factor)
+
+
+@contextlib.contextmanager
+def recomputing(run: Run) -> Iterator[None]:
+    """What checkpointing computes again in the backward pass runs as on CUDA, too: autograd leaves function modes."""
+    hook = torch_checkpoint._recomputation_hook
+    enter, leave = hook.__enter__, hook.__exit__
+
+    def entered(self: Any) -> Any:
+        self.behaviour = CudaBehaviour(run.autocast, run.hopper)
+        self.behaviour.__enter__()
+        return enter(self)
+
+    def left(self: Any, *error: Any) -> Any:
+        self.behaviour.__exit__(*error)
+        return leave(self, *error)
+
+    with patch.object(hook, "__enter__", entered), patch.object(hook, "__exit__", left):
+        yield
