@@ -3,15 +3,18 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from hfvram.memory.exact.tracker import Tracker
 from hfvram.memory.timeline import Tag
 from hfvram.model import meta
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 OWN = "the model's own tensors"
 
 
 def build(tracker: Tracker, config: Mapping[str, Any], class_name: str | None, dtype: str, attention: str) -> Any:
-    """The model on meta, tracked while it is built; what stands then are weights and buffers.
+    """The model on meta, tracked while it is built.
 
     Raises `missing_extra`, `unknown_architecture` and `bad_config` as `meta.build` does.
     """
@@ -19,7 +22,6 @@ def build(tracker: Tracker, config: Mapping[str, Any], class_name: str | None, d
     with tracker:
         asked = {} if attention == "sdpa" else {"_attn_implementation": attention}  # sdpa is the default where it runs
         model = meta.build({**config, **asked}, class_name, dtype)
-    name_tensors(tracker, model)
     tracker.category = "activations"
     return model
 

@@ -91,8 +91,8 @@ def _fp32(like: Any, *shape: int) -> Any:
 def kernel_for(q: Any, k: Any, v: Any, mask: Any, gqa: bool, hopper: bool = True) -> Kernel | None:
     """The kernel that PyTorch picks, None for the math path.
 
-    A mask that needs a gradient (T5) and heads that differ without `enable_gqa` (Falcon) leave only math; half precision
-    without a mask takes cuDNN on Hopper and Blackwell up to heads of 128, else flash up to 256; the rest is efficient.
+    A mask that needs a gradient and heads that differ without `enable_gqa` leave only math; half precision without a
+    mask takes cuDNN on Hopper and Blackwell up to heads of 128, else flash up to 256; the rest is efficient.
     """
     if q.dim() != 4 or (mask is not None and mask.requires_grad):
         return None
@@ -144,15 +144,12 @@ def _bias(mask: Any, q: Any) -> Any:
 
 
 def _math_with_dropout(q: Any, k: Any, v: Any, mask: Any, p: float, scale: float | None) -> Any:
-    """The math path spelled out: inside it the meta device takes dropout apart, where CUDA has one kernel with a mask."""
+    """The math path spelled out: inside it meta takes dropout apart, where CUDA has one kernel with a mask."""
     dtype = q.dtype
     q, k, v = (x.float() if x.dtype in HALF else x for x in (q, k, v))
     factor = math.sqrt(scale if scale is not None else 1 / math.sqrt(q.shape[-1]))
     weights = torch.matmul(q * factor, (k * factor).transpose(-2, -1))
-    if mask is not None:
-        weights = torch._safe_softmax(weights.add_(mask), -1)
-    else:
-        weights = torch.softmax(weights, -1)
+    weights = torch.softmax(weights, -1) if mask is None else torch._safe_softmax(weights.add_(mask), -1)
     return torch.matmul(torch.native_dropout(weights, p, True)[0], v).to(dtype)
 
 
@@ -169,7 +166,7 @@ class CudaBehaviour(TorchFunctionMode):  # type: ignore[misc]
         name = getattr(func, "__name__", "")
         if name == "scaled_dot_product_attention":
             args, kwargs = self.autocast.lowered(args, kwargs)
-            return attention(*args, **kwargs, hopper=self.hopper)
+            return attention(*args, **{**kwargs, "hopper": self.hopper})
         if name == "dropout" and func is not torch.dropout_:
             return _dropout(*args, **kwargs)
         return self.autocast.call(func, name, args, kwargs)

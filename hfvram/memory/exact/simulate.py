@@ -1,10 +1,14 @@
 """The exact engine from end to end: a configuration and a request → what the model's own code allocates."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
-from hfvram.memory.exact.build import build
+from hfvram.memory.exact.build import build, name_tensors
+from hfvram.memory.exact.inference import infer
+from hfvram.memory.exact.quantized import quantize
 from hfvram.memory.exact.run import Run
+from hfvram.memory.exact.state_space import fused
 from hfvram.memory.timeline import Timeline
 from hfvram.request import Request
 
@@ -17,13 +21,15 @@ def simulate(config: Mapping[str, Any], class_name: str | None, request: Request
     """
     run = Run()
     model = build(run.tracker, config, class_name, request.dtype, request.attention)
+    quantize(run, model, request)
+    name_tensors(run.tracker, model)
     run.stands()
-    if request.mode == "inference":
-        from hfvram.memory.exact.inference import infer
+    inference = request.mode == "inference"
+    with fused(run, model, gradients=not inference) if request.kernels == "fused" else nullcontext():
+        if inference:
+            infer(run, model, request)
+        else:
+            from hfvram.memory.exact.training import train
 
-        infer(run, model, request)
-    else:
-        from hfvram.memory.exact.training import train
-
-        train(run, model, request)
+            train(run, model, request)
     return run.timeline

@@ -41,8 +41,8 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
     """A dispatch mode. `category` is what new storages are; `module` names what runs; `stream` is whose pool serves.
 
     Answers what meta tensors can't: whether a mask is all ones (`all`, or `sum() == numel()`) is whether the input is
-    `unpadded`; more dimensions are activations, all finite; any other boolean is False and a number 0. So data-dependent
-    code takes the path of ordinary, balanced input.
+    `unpadded`; more dimensions are activations, all finite; any other boolean is False and a number 0. So code that
+    depends on data takes the path of ordinary, balanced input.
     """
 
     def __init__(self, timeline: Timeline) -> None:
@@ -66,6 +66,8 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
             return self._scalar(func, args[0])
         if operator is aten.equal:
             return True
+        if operator is aten.copy_ and args[0].device.type != "meta" and args[1].device.type == "meta":
+            return args[0]  # nothing can be read from meta: what was there stays (DDP's order of buckets)
         if operator in MATRIX_PRODUCTS:
             self.workspace("backward" if self.backward else "forward", operator is aten.addmm and args[0].dim() == 1)
         out = func(*args, **(kwargs or {}))
@@ -128,6 +130,23 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
             self._stands(key, tensor.untyped_storage(), nbytes)
         elif nbytes:
             self.add(tensor)
+
+    def start_over(self, tensors: Iterable[Any]) -> None:
+        """Count these tensors and the inputs that stand already, as if nothing else had ever been built."""
+        inputs = [ref() for handle, ref in self.live.values() if self.timeline.tags[handle].category == "inputs"]
+        timeline = self.timeline
+        for written in (timeline.events, timeline.sizes, timeline.tags, timeline.marks, timeline.restarts):
+            written.clear()
+        for known in (self.live, self.told, timeline.streams):
+            known.clear()
+        before, self.category = self.category, "weights"
+        for tensor in tensors:
+            self.add(tensor)
+        self.category = "inputs"
+        for storage in inputs:
+            if storage is not None:
+                self._stands(storage._cdata, storage, storage.nbytes())
+        self.category = before
 
     def workspace(self, thread: str, biased: bool) -> None:
         """The workspaces of matrix products, which stay once a thread has one."""
