@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How long the first command takes over a Hub that answers after 50 ms, and how much it asks for.
 
-    python benchmarks/first_command.py [--latency 0.05] [--runs 5] [--check]
+    python benchmarks/first_command.py [--latency 0.05] [--runs 5] [--hfvram COMMAND] [--check]
 
 The Hub is the tests' own, over real HTTP on loopback, with Mixtral's 19 shards, their real tensors and the repository's
 other files. Each command is a process of its own; figures are the least of its runs, own time is user and system. Where
@@ -114,10 +114,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--latency", type=float, default=0.05, help="seconds before the Hub answers (0.05)")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--hfvram", default=str(Path(sys.executable).with_name("hfvram")), help="the command to time")
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
 
-    hfvram = str(Path(sys.executable).with_name("hfvram"))
+    hfvram = options.hfvram
     hf_mem = [sys.executable, "-c", HF_MEM, "--model-id", f"{NAME}-v0.1", "--experimental", "--max-model-len", "8192"]
     print(f"{'':28}{'wall s':>8}{'own s':>8}{'requests':>10}{'bytes':>10}")
     broken = []
