@@ -116,8 +116,8 @@ PLAIN = (
 CASES: dict[str, dict[str, Any]] = {
     **{name: SIZES | EXPERTS | WINDOW | {"head_dim": 16} for name in WINDOWED},
     **{name: SIZES | EXPERTS | {"head_dim": 8} for name in PLAIN},
-    **{name: SIZES | EXPERTS | LATENT for name in ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3")},
-    **{name: SIZES | EXPERTS | INDEXED for name in ("deepseek_v32", "glm_moe_dsa")},
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3"), SIZES | EXPERTS | LATENT),
+    **dict.fromkeys(("deepseek_v32", "glm_moe_dsa"), SIZES | EXPERTS | INDEXED),
     **dict.fromkeys(("gpt2", "gpt_bigcode"), GPT),
     **dict.fromkeys(("gptj", "codegen"), GPT | {"rotary_dim": 4}),
     "gpt_neo": {

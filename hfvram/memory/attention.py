@@ -38,8 +38,10 @@ def attention(t: Timeline, f: Forward, part: Attention, cache: list[int]) -> tup
         query, key, value = [], [], [project(t, f, part.hidden_size, q_width + k_width + v_width, QUERY)]
     else:
         first, *gate = _projection(t, f, part, q_width, QUERY)
-        query, key = [first], _projection(t, f, part, k_width, KEY_VALUE)
-        value = [project(t, f, part.hidden_size, v_width, KEY_VALUE)]
+        query, key, value = [first], [], []
+        if part.cached or not part.causal:  # else they are another layer's
+            key = _projection(t, f, part, k_width, KEY_VALUE)
+            value = [project(t, f, part.hidden_size, v_width, KEY_VALUE)]
     joined = False
     sliced: list[int] = []
     if part.rotary and part.rotary.sliced:
@@ -54,9 +56,11 @@ def attention(t: Timeline, f: Forward, part: Attention, cache: list[int]) -> tup
         joined = True
     elif part.rotary:
         share = part.rotary.dim / part.head_dim
-        rotated = [rotate(t, q_bytes, int(q_bytes * share), QUERY), rotate(t, k_bytes, int(k_bytes * share), KEY_VALUE)]
+        rotated = [rotate(t, q_bytes, int(q_bytes * share), QUERY)]
+        if key or not query:
+            rotated.append(rotate(t, k_bytes, int(k_bytes * share), KEY_VALUE))
         t.free(*query, *key)
-        query, key = [rotated[0]], [rotated[1]]
+        query, key = rotated[:1], rotated[1:]
         joined = part.rotary.dim < part.head_dim
     if cached:
         grow(t, f, part, cache)

@@ -71,6 +71,8 @@ def mixture(t: Timeline, f: Forward, part: MixtureOfExperts) -> int:
     Every token is copied for each of its k experts; the widest moment holds gate and up twice (a masked copy), or the
     outputs in the routing weights' dtype twice (weighted, then put back in order).
     """
+    if part.every_token:
+        return _every_token(t, f, part)
     if f.past and part.fused:
         return _gathered(t, f, part)
     chosen = f.rows * part.top_k
@@ -156,3 +158,24 @@ def _shared(t: Timeline, f: Forward, part: MixtureOfExperts, routed: int) -> int
     total = t.alloc(f.bytes(part.hidden_size), HIDDEN)
     t.free(shared, routed)
     return total
+
+
+def _every_token(t: Timeline, f: Forward, part: MixtureOfExperts) -> int:
+    """Each expert computes all tokens, those not sent to it times zero: one batched matmul over a copy for each expert.
+
+    Source: transformers 5.17, models/llama4/modeling_llama4.py `Llama4TextMoe.forward`.
+    """
+    rows = f.rows * part.experts * f.element_bytes
+    scores = t.alloc(f.rows * part.experts * f.element_bytes, ROUTER)
+    copied, sent = t.alloc(rows * part.hidden_size, CHOSEN), t.alloc(rows * part.hidden_size, CHOSEN)
+    t.free(copied)
+    both = t.alloc(rows * 2 * part.intermediate_size, EXPERT)
+    active = t.alloc(rows * part.intermediate_size, EXPERT_PRODUCT)
+    product = t.alloc(rows * part.intermediate_size, EXPERT_PRODUCT)
+    t.free(active)
+    down = t.alloc(rows * part.hidden_size, CHOSEN)
+    t.free(product, both)
+    shared = dense(t, f, part.hidden_size, part.shared_intermediate_size, part)
+    t.moment(HIDDEN, f.bytes(part.hidden_size))
+    t.free(down, sent, scores)
+    return shared

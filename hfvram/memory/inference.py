@@ -16,7 +16,7 @@ from hfvram.memory.mixers import feed, grow_cache, mix
 from hfvram.memory.repetition import Pattern, pattern, repeat
 from hfvram.memory.streams import STREAMS, collapse, streams_layer
 from hfvram.memory.timeline import Tag, Timeline
-from hfvram.model.architecture import Architecture
+from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.layers import Attention, CompressedAttention, FeedForward, LatentAttention, Layer, MixtureOfExperts
 
 GENERATE = "transformers 5.17: generation/utils.py"
@@ -82,12 +82,15 @@ def forward(t: Timeline, architecture: Architecture, f: Forward, caches: list[li
     held, embedded = _embed(t, f, architecture)
     t.free(*unscaled)
     kept = set(held)
+    held += _per_layer_inputs(t, f, stack)
     if keeps_embedding(stack.layers):
         held.append(t.alloc(f.bytes(stack.hidden_size), HIDDEN))
     held += [*_angles(t, f, stack.layers), *_masks(t, f, stack.layers)]
     hidden = embedded
     written: dict[int, Pattern | None] = {}
     for layer, cache in zip(stack.layers, caches, strict=True):
+        if not f.source and layer.mixers and all(m.kind == "cross_attention" for m in layer.mixers):
+            continue  # without an image, Llama 3.2 Vision leaves these layers out
         if f.past and id(layer) in written:
             grow_cache(t, f, layer, cache)
             continue
@@ -131,7 +134,7 @@ def _embed(t: Timeline, f: Forward, architecture: Architecture) -> tuple[list[in
     stack = architecture.text
     nbytes = f.bytes(stack.hidden_size)
     tables = sum(p.kind == "embedding" and p.shape[-1] == stack.hidden_size for p in stack.before)
-    normed = any(p.kind == "norm" for p in stack.before)
+    normed = any(p.kind == "norm" and p.shape == (stack.hidden_size,) for p in stack.before)
     if stack.layers and stack.layers[0].streams > 1:
         return [t.alloc(nbytes, HIDDEN)], t.alloc(nbytes * stack.layers[0].streams, STREAMS)
     if architecture.task == "encoder" or (tables < 2 and not normed):
@@ -139,6 +142,21 @@ def _embed(t: Timeline, f: Forward, architecture: Architecture) -> tuple[list[in
         return [embedded], embedded
     held = [t.alloc(nbytes, HIDDEN) for _ in range(tables)]
     return held, t.alloc(nbytes, HIDDEN)
+
+
+def _per_layer_inputs(t: Timeline, f: Forward, stack: Stack) -> list[int]:
+    """Gemma-4's second embedding, one row for each layer, and its sum with a projection of the first one, both held."""
+    around = (*stack.before, *stack.after)
+    table = next((p for p in around if p.kind == "embedding" and "per_layer" in p.name), None)
+    if table is None:
+        return []
+    nbytes = f.bytes(table.shape[1])
+    looked_up, projected = t.alloc(nbytes, HIDDEN), t.alloc(nbytes, HIDDEN)
+    normed = normalize(t, f, table.shape[1], "rms")
+    t.free(projected)
+    total, scaled = t.alloc(nbytes, HIDDEN), t.alloc(nbytes, HIDDEN)
+    t.free(total, normed)
+    return [looked_up, scaled]
 
 
 def _classify(t: Timeline, f: Forward, architecture: Architecture) -> None:

@@ -19,7 +19,8 @@ WIDE = Tag("residual streams in fp32", "activations", "b·s·n·h·4", HYPER)
 def streams_layer(t: Timeline, f: Forward, layer: Layer, width: int, cache: list[int]) -> int:
     """Each part reads one collapsed stream, and its output goes to all of them, mixed anew. Returns their handle."""
     kept: list[int] = []
-    streams = collapsed = None
+    streams: int | None = None
+    collapsed: int | None = None
     for part in (*layer.mixers, layer.feed_forward):
         if part is None:
             continue

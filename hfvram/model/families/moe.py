@@ -75,7 +75,7 @@ EXPERTS: dict[str, Experts] = {
     "minimax_m2": Experts(routing_fp32=True),
     "olmoe": Experts(routing_fp32=False),
     "qwen3_moe": Experts(routing_fp32=False, width="moe_intermediate_size", sparse=_qwen),
-    "qwen3_vl_moe_text": Experts(width="moe_intermediate_size", sparse=_qwen),
+    "qwen3_vl_moe_text": Experts(routing_fp32=False, width="moe_intermediate_size", sparse=_qwen),
     "qwen2_moe": Experts(
         routing_fp32=False,
         width="moe_intermediate_size",
