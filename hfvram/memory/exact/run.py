@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch.nn.modules import module as hooks
 
 from hfvram.memory.exact.autocast import Autocast
@@ -23,6 +22,8 @@ class Run:
     tracker: Tracker = field(init=False)
     autocast: Autocast = field(default_factory=Autocast)
     hopper: bool = True
+    mesh: Any = None
+    """The ranks, where there are several."""
 
     def __post_init__(self) -> None:
         self.tracker = Tracker(self.timeline)

@@ -1,35 +1,24 @@
-"""Training that is sharded over GPUs, by FSDP2's own code: the first of `world` ranks, whose peers are not there.
+"""FSDP2's own code on meta: parameters gathered layer by layer, gradients reduced, each on a stream with its own pool.
 
-`fully_shard` runs on meta over a process group that moves nothing. Three things stand in its way: "meta" has no
+`fully_shard` runs over a process group that moves nothing. Three things stand in its way: "meta" has no
 streams, parameters may not be on meta when training starts, and storages are emptied and filled by `resize_`, which no
-dispatch mode sees. Each is replaced while `ranks` stands, and put back.
+dispatch mode sees. Each is replaced while `fsdp_on_meta` stands, and put back.
 """
 
 import contextlib
-import math
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed import device_mesh
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-# The package exports functions under the names of some of its modules.
-from torch.distributed.fsdp._fully_shard import _fsdp_param_group  # noqa: F401
-from torch.testing._internal.distributed.fake_pg import FakeStore
-
-from hfvram.errors import HfvramError
-from hfvram.memory.exact.build import name_tensors
-from hfvram.memory.exact.run import Run
 from hfvram.memory.exact.tracker import Tracker
 from hfvram.memory.timeline import Category
 from hfvram.request import Request
 
-GPUS_A_NODE = 8
-MAX_RANKS = 1 << 16
 FSDP = "torch.distributed.fsdp._fully_shard."
 GATHERED = "parameters gathered by FSDP"
 REDUCED = "gradients reduced by FSDP"
@@ -84,27 +73,8 @@ class Device:
 
 
 @contextlib.contextmanager
-def ranks(tracker: Tracker, world: int) -> Iterator[None]:
-    """A world of so many ranks, of which this process is the first, and FSDP2 ready for meta. Gone on leaving.
-
-    Raises `usage` for too many ranks, and inside of a job that is distributed itself.
-    """
-    if world > MAX_RANKS:
-        raise HfvramError("usage", f"--gpus {world} is out of range: --method simulate answers up to {MAX_RANKS}")
-    if dist.is_initialized():
-        raise HfvramError(
-            "usage", "this process is a rank of a distributed job: --method simulate needs one of its own"
-        )
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
-    try:
-        with _fsdp_on_meta(tracker):
-            yield
-    finally:
-        dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def _fsdp_on_meta(tracker: Tracker) -> Iterator[None]:
+def fsdp_on_meta(tracker: Tracker) -> Iterator[None]:
+    """FSDP2 ready for parameters on meta, its allocations noted under the stream that asks for them."""
     device = Device(tracker)
     handle = device_mesh._get_device_handle
 
@@ -168,37 +138,13 @@ def _named(tracker: Tracker, category: Category, name: str) -> Iterator[None]:
         tracker.category, tracker.module = before
 
 
-def mesh_of(request: Request) -> DeviceMesh:
-    """The ranks in their order: replicas, shards, and tensor parallel ones (neighbours).
+def shard(model: Any, request: Request, mesh: DeviceMesh) -> None:
+    """Apply `fully_shard` to each layer and to the whole, as accelerate does; adapters are in the model already.
 
-    `hybrid_shard` shards within a node of eight GPUs and replicates over nodes. Raises `usage` where that can't be.
+    `--mixed-precision` is FSDP2's own policy: parameters gathered in half precision, gradients reduced in fp32.
     """
-    shards, replicas = (request.gpus or 1) // request.tp, 1
-    if request.fsdp == "hybrid_shard":
-        node = GPUS_A_NODE // math.gcd(GPUS_A_NODE, request.tp)
-        if shards > node:
-            if shards % node:
-                raise HfvramError(
-                    "usage",
-                    f"--fsdp hybrid_shard shards within nodes of {GPUS_A_NODE} GPUs: "
-                    f"valid --gpus are up to {node * request.tp}, and its multiples",
-                )
-            shards, replicas = node, shards // node
-    sizes = {"replicate": replicas} if request.fsdp == "hybrid_shard" else {}
-    sizes |= {"shard": shards} | ({"tp": request.tp} if request.tp > 1 else {})
-    return init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-
-
-def shard(run: Run, model: Any, request: Request, mesh: DeviceMesh) -> None:
-    """Apply `fully_shard` to each layer and to the whole, as accelerate does; what stands then is this rank's part.
-
-    The model is on meta and not tracked so far; adapters are in it. `--mixed-precision` is FSDP2's own policy.
-    """
-    dims = tuple(name for name in mesh.mesh_dim_names or () if name != "tp")
-    options: dict[str, Any] = {
-        "mesh": mesh[dims] if len(dims) > 1 else mesh[dims[0]],
-        "reshard_after_forward": request.fsdp != "shard_grad_op",
-    }
+    names = ("replica", "shard") if request.fsdp == "hybrid_shard" else ("shard",)
+    options: dict[str, Any] = {"mesh": mesh[names], "reshard_after_forward": request.fsdp != "shard_grad_op"}
     if request.mixed_precision != "no":
         low = torch.bfloat16 if request.mixed_precision == "bf16" else torch.float16
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
@@ -224,18 +170,3 @@ def layers(model: Any) -> list[Any]:
 def _base(model: Any) -> Any:
     """The model within its adapter."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def stand(tracker: Tracker, model: Any) -> None:
-    """Count what this rank holds, in the order in which `to_empty` puts it on a GPU, as if no other had been built."""
-    before, tracker.category = tracker.category, "weights"
-    _stand(tracker, model)
-    name_tensors(tracker, model)
-    tracker.category = before
-
-
-def _stand(tracker: Tracker, module: Any) -> None:
-    for child in module.children():
-        _stand(tracker, child)
-    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-        tracker.add(tensor)

@@ -1,7 +1,7 @@
 """The exact engine from end to end: a configuration and a request → what the model's own code allocates."""
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from hfvram.memory.exact.build import build, name_tensors
@@ -20,9 +20,19 @@ def simulate(config: Mapping[str, Any], class_name: str | None, request: Request
     engine can't run.
     """
     run = Run()
+    with ranks_of(run, request):
+        _simulate(run, config, class_name, request)
+    return run.timeline
+
+
+def _simulate(run: Run, config: Mapping[str, Any], class_name: str | None, request: Request) -> None:
     model = build(run.tracker, config, class_name, request.dtype, request.attention)
     quantize(run, model, request)
     name_tensors(run.tracker, model)
+    if request.tp > 1:
+        from hfvram.memory.exact.ranks import split
+
+        split(run, model, request)
     run.stands()
     inference = request.mode == "inference"
     with fused(run, model, gradients=not inference) if request.kernels == "fused" else nullcontext():
@@ -32,4 +42,13 @@ def simulate(config: Mapping[str, Any], class_name: str | None, request: Request
             from hfvram.memory.exact.training import train
 
             train(run, model, request)
-    return run.timeline
+
+
+def ranks_of(run: Run, request: Request) -> AbstractContextManager[None]:
+    """The ranks of a request on several GPUs. Replicas that don't train have nothing in common."""
+    alone = request.tp == 1 and request.fsdp is None
+    if alone and (request.mode == "inference" or request.gpus in (None, 1)):
+        return nullcontext()
+    from hfvram.memory.exact.ranks import ranks
+
+    return ranks(run, request)

@@ -35,6 +35,10 @@ def train(run: Run, model: Any, request: Request) -> None:
         trained = adapt(run, model, request)
     else:
         trained = model
+    if run.mesh is not None:
+        from hfvram.memory.exact.ranks import place
+
+        trained = place(run, trained, request)
     run.stands()
     parameters = [p for p in trained.parameters() if p.requires_grad]
     with run.on_cuda(model), run.autocast.stands_in(), recomputing(run):
@@ -42,26 +46,56 @@ def train(run: Run, model: Any, request: Request) -> None:
 
 
 def steps(run: Run, model: Any, ids: Any, parameters: list[Any], request: Request) -> None:
+    """Forward, backward and update, twice. FSDP has a precision of its own, and needs no autocast."""
     tracker, timeline = run.tracker, run.timeline
-    opt = optimizer(request.optimizer, parameters)
+    held = [own(p) for p in parameters]
+    opt = optimizer(request.optimizer, held)
+    autocast = request.mixed_precision != "no" and request.fsdp is None
     for _ in range(STEPS):
-        for _ in range(min(request.grad_accum, 2)):
-            timeline.mark("forward")
-            with run.autocast.region(DTYPES.get(request.mixed_precision), request.mixed_precision != "no"):
-                out = model(input_ids=ids, labels=ids)
-            timeline.mark("backward")
-            tracker.backward = True
-            torch.autograd.backward([out.loss])
-            del out
-            tracker.backward = False
+        for missing in reversed(range(min(request.grad_accum, 2))):
+            with unsynced(model) if missing else contextlib.nullcontext():
+                timeline.mark("forward")
+                with run.autocast.region(DTYPES.get(request.mixed_precision), autocast):
+                    out = model(input_ids=ids, labels=ids)
+                timeline.mark("backward")
+                tracker.backward = True
+                torch.autograd.backward([out.loss])
+                del out
+                tracker.backward = False
+        for p, h in zip(parameters, held, strict=True):
+            h.grad = part(p.grad)
         timeline.mark("clipping")
-        clip(parameters)
+        clip(held)
         timeline.mark("optimizer step")
         with fused_on_meta():
             opt.step()
-        for p in parameters:
+        for p in (*parameters, *held):
             p.grad = None
     timeline.mark("end")
+
+
+def own(parameter: Any) -> Any:
+    """The parameter, of a DTensor the part that this rank holds: clipping and optimizers work on that alone."""
+    local = part(parameter)
+    return parameter if local is parameter else torch.nn.Parameter(local)
+
+
+def part(tensor: Any) -> Any:
+    """This rank's part of a DTensor, once it has arrived; any other tensor as it is."""
+    local = getattr(tensor, "_local_tensor", tensor)
+    return getattr(local, "elem", local)
+
+
+@contextlib.contextmanager
+def unsynced(model: Any) -> Iterator[None]:
+    """Gradients stay on their rank until the last of the accumulated steps, as accelerate's `no_sync` has it."""
+    if hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(False)
+        yield
+        model.set_requires_gradient_sync(True)
+    else:
+        with model.no_sync() if hasattr(model, "no_sync") else contextlib.nullcontext():
+            yield
 
 
 def clip(parameters: list[Any]) -> None:
