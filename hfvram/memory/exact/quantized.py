@@ -1,7 +1,7 @@
 """bitsandbytes' linear layers as they allocate: nf4 and fp4 (`Linear4bit`), int8 (`Linear8bitLt`).
 
 Weights are quantized one by one, as while loading: a copy in the computing dtype comes and goes. Source: bitsandbytes
-0.49, nn/modules.py, functional.py, autograd/_functions.py and backends/cuda/ops.py, at their defaults.
+0.50, nn/modules.py, functional.py, autograd/_functions.py and backends/cuda/ops.py, at their defaults.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from hfvram.request import Request
 
 BLOCK, NESTED_BLOCK = 64, 256
+FEW_ROWS = 32
+"""Up to 512 it depends on the layer's sizes; that many always (`_gemm_4bit_use_custom_cuda`)."""
 ON_LOADING = "nf4", "fp4", "int8"
 
 
@@ -47,32 +49,40 @@ class Codes(nn.Module):  # type: ignore[misc]
         tensor._hfvram_scale = True
         self.register_buffer(name, tensor, persistent=False)
 
-    def fp32_scales(self) -> Any:
-        return self.scales if self.scales.dtype == torch.float32 else empty(self.scales.numel()).add_(self.offset)
-
-    def dequantized(self, shape: tuple[int, int], dtype: Any) -> Any:
-        scales = self.fp32_scales()
-        weight = empty(*shape, dtype=dtype)
-        del scales
-        return weight
+    def fp32_scales(self, in_place: bool) -> Any:
+        """The scales as the products read them; nested ones are unpacked, then shifted."""
+        if self.scales.dtype == torch.float32:
+            return self.scales
+        scales = empty(self.scales.numel())
+        return (scales.add_(self.offset),) if in_place else (scales, scales + self.offset)
 
 
 class Product4bit(torch.autograd.Function):  # type: ignore[misc]
-    """The weights are made anew for each product, forward and backward."""
+    """Weights made anew for each product, forward and backward; the forward holds their scales beside them.
+
+    A few rows are multiplied by the packed weights themselves.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Any, layer: Any, bias: Any) -> Any:
         ctx.layer = layer
-        return F.linear(x, layer.state.dequantized(layer.shape, layer.dtype).to(x.dtype), bias)
+        if x.numel() <= FEW_ROWS * x.shape[-1]:
+            return empty(*x.shape[:-1], layer.out_features, dtype=x.dtype)
+        scales = layer.state.fp32_scales(in_place=False)
+        out = F.linear(x, empty(*layer.shape, dtype=x.dtype), bias)
+        del scales
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
-        weight = ctx.layer.state.dequantized(ctx.layer.shape, ctx.layer.dtype).to(grad.dtype)
-        return torch.matmul(grad, weight), None, None
+        scales = ctx.layer.state.fp32_scales(in_place=True)
+        weight = empty(*ctx.layer.shape, dtype=ctx.layer.dtype)
+        del scales
+        return torch.matmul(grad, weight.to(grad.dtype)), None, None
 
 
 class Linear4bit(nn.Linear):  # type: ignore[misc]
-    """A linear layer of 4 bits a weight. One vector is multiplied by the packed weights themselves."""
+    """A linear layer of 4 bits a weight."""
 
     def __init__(self, layer: Any, dtype: Any, nested: bool) -> None:
         nn.Module.__init__(self)
@@ -90,14 +100,7 @@ class Linear4bit(nn.Linear):  # type: ignore[misc]
         own = x.dtype
         x = x.to(self.dtype)
         bias = None if self.bias is None else self.bias.to(self.dtype)
-        if x.numel() == x.shape[-1] and not x.requires_grad:
-            scales = self.state.fp32_scales()
-            out = empty(*x.shape[:-1], self.out_features, dtype=x.dtype)
-            del scales
-            out = out if bias is None else out + bias
-        else:
-            out = Product4bit.apply(x, self, bias)
-        return out.to(own)
+        return Product4bit.apply(x, self, bias).to(own)
 
 
 class Product8bit(torch.autograd.Function):  # type: ignore[misc]
