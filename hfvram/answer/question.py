@@ -120,6 +120,8 @@ def estimate_of(model: Model, asked: Request) -> Estimate:
     ruled = guide_items(model, request)
     if request.method == "guide":
         return _estimate(model, request, ruled, sum(i.bytes for i in ruled), "", notes)
+    if request.method == "simulate":
+        return _simulated(model, request, notes)
     written = timeline(model.architecture, request)
     peaks = replay(written)
     found = items(written, peaks)
@@ -133,8 +135,25 @@ def estimate_of(model: Model, asked: Request) -> Estimate:
     )
 
 
+def _simulated(model: Model, request: Request, notes: list[str]) -> Estimate:
+    """The estimate by the model's own code, with the versions that ran."""
+    from hfvram.answer.simulated import simulated, versions
+
+    found = simulated(model, request)
+    device = device_bytes(found.reserved_bytes)
+    return replace(
+        _estimate(model, request, found.items, found.allocated_bytes, found.phase, notes),
+        method="simulate",
+        versions=versions(),
+        cache_bytes=found.cache_bytes,
+        peak_reserved_bytes=found.reserved_bytes,
+        device_bytes=device,
+        interval=interval(model.architecture, request, device),
+    )
+
+
 def taken(model: Model, asked: Request) -> int:
-    """Device bytes alone, for searches: the same road without the items."""
+    """Device bytes alone, for searches: the same road without the items, by formula even for `simulate`."""
     if model.components or asked.method == "guide":
         return estimate_of(model, asked).device_bytes
     request, _ = resolve(model.architecture, asked)

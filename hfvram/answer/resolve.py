@@ -56,7 +56,7 @@ def resolve(architecture: Architecture, request: Request) -> tuple[Request, list
         kv_dtype=dtype if dtype in CHOICES["kv_dtype"] else "auto",
         attention=attention,
         gpus=1,
-        method="guide" if request.method == "guide" else "formula",
+        method="formula" if request.method == "auto" else request.method,
     ), warnings
 
 

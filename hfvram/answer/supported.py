@@ -8,7 +8,7 @@ from hfvram.request import Request
 SUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
     "mode": ("inference",),
     "engine": ("transformers",),
-    "method": ("auto", "formula", "guide"),
+    "method": ("auto", "formula", "simulate", "guide"),
     "cache": ("dynamic", "static"),
     "gpus": (None, 1),
     "tp": (1,),

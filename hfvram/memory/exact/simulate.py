@@ -1,9 +1,14 @@
 """The exact engine from end to end: a configuration and a request → what the model's own code allocates."""
 
+import os
+import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import transformers
+
+from hfvram.errors import HfvramError, printable
 from hfvram.memory.exact.build import build, name_tensors
 from hfvram.memory.exact.inference import infer
 from hfvram.memory.exact.quantized import quantize
@@ -16,13 +21,29 @@ from hfvram.request import Request
 def simulate(config: Mapping[str, Any], class_name: str | None, request: Request) -> Timeline:
     """The timeline of a request that leaves nothing open (`answer.resolve`), by running the model on meta.
 
-    Raises `missing_extra`, `unknown_architecture`, `bad_config` as building the model does, `usage` for what this
-    engine can't run.
+    Raises `missing_extra`, `unknown_architecture`, `bad_config` as building the model does, `unknown_architecture` too
+    where its code can't run on meta, `usage` for what this engine can't run.
     """
-    run = Run()
-    with ranks_of(run, request):
-        _simulate(run, config, class_name, request)
-    return run.timeline
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            run = Run()
+            with ranks_of(run, request):
+                _simulate(run, config, class_name, request)
+            return run.timeline
+    except HfvramError:
+        raise
+    except Exception as error:  # the values are anyone's, and so is what the model's code does with them
+        if os.environ.get("HFVRAM_DEBUG") == "1":
+            raise
+        kind, reason = printable(str(config.get("model_type")), 60), printable(" ".join(str(error).split()), 200)
+        message = (
+            f"the code of {kind} can't run on the meta device ({type(error).__name__}: {reason}): --method formula"
+        )
+        raise HfvramError("unknown_architecture", message) from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
 
 
 def _simulate(run: Run, config: Mapping[str, Any], class_name: str | None, request: Request) -> None:

@@ -1,0 +1,84 @@
+"""The exact engine's answers: run once, then kept by configuration, request, versions and the engine's own code."""
+
+import hashlib
+import json
+import sys
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from hfvram import __version__, memory
+from hfvram.answer.estimate import Item
+from hfvram.answer.items import items
+from hfvram.errors import HfvramError
+from hfvram.memory.allocator import replay
+from hfvram.model.identify import Model
+from hfvram.read import cache as disk
+from hfvram.request import Request
+
+SHELF = "simulated"
+"""Where the answers lie in hfvram's folder of the Hugging Face cache."""
+VERDICT = "gpu", "max_ctx", "max_batch", "recommend", "method", "allow_unknown"
+"""Options that change nothing about what runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Simulated:
+    """What stands at the peak, and the peaks."""
+
+    items: tuple[Item, ...]
+    phase: str
+    allocated_bytes: int
+    reserved_bytes: int
+    cache_bytes: int
+
+
+def simulated(model: Model, request: Request) -> Simulated:
+    """Run a resolved request on meta, or find what it gave before. Raises `missing_extra` without torch."""
+    key = _key(model, request)
+    if (kept := disk.load(SHELF, key)) is not None:
+        return Simulated(**{**kept, "items": tuple(Item(**item) for item in kept["items"])})
+    from hfvram.memory.exact.simulate import simulate
+
+    timeline = simulate(model.checkpoint.config, model.architecture.class_name, request)
+    peaks = replay(timeline)
+    found = Simulated(
+        items=items(timeline, peaks),
+        phase=timeline.phase_at(peaks.event),
+        allocated_bytes=peaks.allocated_bytes,
+        reserved_bytes=peaks.reserved_bytes,
+        cache_bytes=timeline.cache_bytes,
+    )
+    values = {name: getattr(found, name) for name in found.__slots__}
+    disk.store(SHELF, key, values | {"items": [{n: getattr(i, n) for n in i.__slots__} for i in found.items]})
+    return found
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Of what is installed and runs. Raises `missing_extra` where something isn't."""
+    found = {"hfvram": __version__}
+    for package in ("transformers", "torch"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError as error:
+            message = f"--method simulate needs {package}: pip install 'hfvram[exact]'"
+            raise HfvramError("missing_extra", message) from error
+    return found
+
+
+def _key(model: Model, request: Request) -> str:
+    asked = {k: v for k, v in request.to_dict().items() if k not in VERDICT}
+    told: list[Any] = [model.checkpoint.config, model.architecture.class_name, asked, versions(), _code()]
+    told.append(f"{sys.version_info.major}.{sys.version_info.minor}")
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@cache
+def _code() -> str:
+    """A digest of the engine: other rules are other answers."""
+    folder = Path(memory.__file__).parent
+    files = [*sorted((folder / "exact").glob("*.py")), folder / "allocator.py", folder / "timeline.py"]
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
