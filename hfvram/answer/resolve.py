@@ -42,6 +42,8 @@ def resolve(architecture: Architecture, request: Request) -> tuple[Request, list
         raise HfvramError("usage", f"--kv-dtype {request.kv_dtype} is not supported yet: {why}")
     if request.quant == "auto" and own != "none":
         warnings.append(_quantized(own))
+    if (gpus := _gpus(request)) > 1:
+        warnings.append(f"per GPU: the first of {gpus}, which holds the most")
     attention = _attention(architecture, request)
     if attention != request.attention:
         warnings.append(
@@ -55,9 +57,21 @@ def resolve(architecture: Architecture, request: Request) -> tuple[Request, list
         quant=own if request.quant == "auto" and own in CHOICES["quant"] else request.quant,
         kv_dtype=dtype if dtype in CHOICES["kv_dtype"] else "auto",
         attention=attention,
-        gpus=1,
+        gpus=gpus,
         method="formula" if request.method == "auto" else request.method,
     ), warnings
+
+
+def _gpus(request: Request) -> int:
+    """How many GPUs there are: those that hold one model, times any number of replicas. Raises `usage`."""
+    model = request.tp * request.pp * request.ep * request.cp
+    gpus = request.gpus or model
+    if gpus % model:
+        raise HfvramError(
+            "usage",
+            f"--gpus {gpus} is not divisible by the {model} that hold the model: valid are {model}, {2 * model}, …",
+        )
+    return gpus
 
 
 def _quantized(method: str) -> str:
