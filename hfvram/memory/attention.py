@@ -34,8 +34,14 @@ def attention(t: Timeline, f: Forward, part: Attention, cache: list[int]) -> tup
     q_bytes, k_bytes = f.bytes(q_width), f.bytes(k_width)
     cached = part.cached and f.use_cache
     gate: list[int] = []
+    sliced: list[int] = []
+    key: list[int]
+    value: list[int]
     if part.fused_qkv:
         query, key, value = [], [], [project(t, f, part.hidden_size, q_width + k_width + v_width, QUERY)]
+        if part.groups == "expanded":
+            sliced, k_bytes = value, q_bytes
+            query, key, value = ([t.alloc(q_bytes, tag)] for tag in (QUERY, KEY_VALUE, KEY_VALUE))
     else:
         first, *gate = _projection(t, f, part, q_width, QUERY)
         query, key, value = [first], [], []
@@ -43,7 +49,6 @@ def attention(t: Timeline, f: Forward, part: Attention, cache: list[int]) -> tup
             key = _projection(t, f, part, k_width, KEY_VALUE)
             value = [project(t, f, part.hidden_size, v_width, KEY_VALUE)]
     joined = False
-    sliced: list[int] = []
     if part.rotary and part.rotary.sliced:
         size = part.rotary.dim * f.bytes(1)
         sliced = [
@@ -208,7 +213,7 @@ def implementation(f: Forward, part: Attention) -> str:
 
 def needs_mask(f: Forward, part: Attention) -> bool:
     """Whether this layer is given a mask: padding, a static cache while decoding, or a window that is reached."""
-    if f.masked or (f.static_length and f.past):
+    if f.masked or (f.static_length and f.past) or (part.always_masked and f.tokens > 1):
         return True
     return part.window is not None and f.past + f.tokens >= part.window
 

@@ -227,12 +227,12 @@ def _fp32_residual(t: Timeline, f: Forward, layer: Layer, width: int, hidden: in
 
 
 def _parallel(t: Timeline, f: Forward, layer: Layer, width: int, cache: list[int]) -> int:
-    normed = normalize(t, f, width, layer.norm)
+    normed = [normalize(t, f, width, layer.norm) for _ in range(1 + layer.norms_first)]
     mixed, kept = mix(t, f, layer.mixers[0], cache)
     fed = feed(t, f, layer.feed_forward) if layer.feed_forward else mixed
     both = t.alloc(f.bytes(width), HIDDEN)
     total = t.alloc(f.bytes(width), HIDDEN)
-    t.free(both, fed, *([mixed] if fed != mixed else []), normed, *kept)
+    t.free(both, fed, *([mixed] if fed != mixed else []), *normed, *kept)
     return total
 
 

@@ -76,6 +76,8 @@ class Attention:
     """Normalization of queries and keys, over each head or over all heads together."""
     fused_qkv: bool = False
     """One projection for queries, keys and values, split after it."""
+    always_masked: bool = False
+    """A mask is made even where a plain causal one would do (Falcon)."""
     output_apart: bool = False
     """The output's projection is another module's: queries, keys and values are gone before it (BERT)."""
     implementations: tuple[str, ...] = ("sdpa", "flash_attention_2", "eager")
@@ -320,6 +322,8 @@ class Layer:
     """Attention and feed-forward read the same input and are added together (GPT-J, Phi, Falcon)."""
     keeps: Literal["mixed", "mixed and normed"] | None = None
     """What the layer's code holds through the feed-forward: the mixer's output (GPT-2), and its input (StableLM)."""
+    norms_first: bool = False
+    """A parallel layer's own norm for each part, both before the parts run (Falcon-40B)."""
     streams: int = 1
     """Copies of the residual that are kept and mixed (DeepSeek-V4's hyper-connections)."""
     residual_fp32: bool = False

@@ -86,6 +86,7 @@ def falcon(config: Config, hidden: int) -> Decoder:
         rotary=None if alibi else rotary(config, sizes["head_dim"]),
         position_bias=alibi,
         groups="expanded" if new else "broadcast",
+        always_masked=True,
     )
     width = config.size("ffn_hidden_size", default=4 * hidden)
     feed = blocks.mlp(
@@ -102,6 +103,7 @@ def falcon(config: Config, hidden: int) -> Decoder:
         params,
         parallel=parallel or new,
     )
+    block = replace(block, norms_first=parallel and norms == 2)
     before = blocks.embedding("word_embeddings", config.size("vocab_size"), hidden)
     return Decoder((block,) * config.layers("num_hidden_layers"), before, norm("ln_f", hidden, True))
 
