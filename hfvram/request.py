@@ -1,4 +1,4 @@
-"""`Request`: what somebody wants to do with a model, under the same names as command-line option, keyword and JSON key."""
+"""`Request`: what somebody wants to do with a model; command-line options, keywords and JSON keys have one name."""
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
@@ -74,7 +74,8 @@ class Request:
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value not in choices and not (value is None and _DEFAULTS.get(name) is None):
-                raise HfvramError("usage", f"{_flag(name)} {printable(str(value), 40)} is not one of {', '.join(choices)}")
+                shown = printable(str(value), 40)
+                raise HfvramError("usage", f"{_flag(name)} {shown} is not one of {', '.join(choices)}")
         for name in ("ctx", "batch", "new_tokens", "grad_accum", "lora_r", "gpus", "tp", "pp", "ep", "cp"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= 10**9:
@@ -94,11 +95,12 @@ class Request:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Request":
-        """A request from JSON or keywords. Numbers may be strings (`"8k"`); an unknown name or a wrong type is `usage`."""
+        """A request from JSON or keywords; numbers may be strings (`"8k"`). Raises `usage` for unknown names and types."""
         known = {}
         for name, value in values.items():
             if name not in _TYPES:
-                raise HfvramError("usage", f"unknown option {printable(name, 40)!r}: valid are {', '.join(sorted(_TYPES))}")
+                valid = ", ".join(sorted(_TYPES))
+                raise HfvramError("usage", f"unknown option {printable(name, 40)!r}: valid are {valid}")
             known[name] = _converted(name, value)
         return cls(**known)
 
@@ -140,5 +142,6 @@ def _converted(name: str, value: Any) -> Any:
             return float(value)
     elif isinstance(value, str):
         return value
-    want = "true or false" if bool in types else "a whole number" if int in types else "a number" if float in types else "text"
+    wants = {bool: "true or false", int: "a whole number", float: "a number"}
+    want = next((words for kind, words in wants.items() if kind in types), "text")
     raise HfvramError("usage", f"{_flag(name)} {printable(repr(value), 60)} is not {want}")

@@ -48,7 +48,9 @@ def plain(value: Any) -> bool:
 
 def config_class(model_type: str, default: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """The configuration class of a type (the mapping's own `get` doesn't load it)."""
-    found: type[PreTrainedConfig] = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else default
+    if model_type not in CONFIG_MAPPING:
+        return default
+    found: type[PreTrainedConfig] = CONFIG_MAPPING[model_type]
     return found
 
 

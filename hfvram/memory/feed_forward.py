@@ -1,7 +1,7 @@
 """Dense feed-forward and mixture of experts, without gradients, as transformers computes them.
 
 b sequences of s tokens, h hidden size, f width, E experts, k chosen for each token, e bytes of an element.
-Source: transformers 5.17, models/llama, phi3, mixtral (modeling_*.py) and integrations/moe.py (`grouped_mm_experts_forward`).
+Source: transformers 5.17, models/{llama, phi3, mixtral}/modeling_*.py and integrations/moe.py.
 """
 
 from hfvram.memory.blocks import HIDDEN, activate, project
@@ -66,7 +66,7 @@ def dense(
 
 
 def mixture(t: Timeline, f: Forward, part: MixtureOfExperts) -> int:
-    """Routed experts by a grouped matmul over tokens sorted by expert, and the shared expert. Returns the output's handle.
+    """Routed experts by a grouped matmul over tokens sorted by expert, and the shared one. Returns the output's handle.
 
     Every token is copied for each of its k experts; the widest moment holds gate and up twice (a masked copy), or the
     outputs in the routing weights' dtype twice (weighted, then put back in order).

@@ -27,7 +27,7 @@ class Stack:
     repeated: frozenset[int] = frozenset()
     """Indices of layers whose weights are an earlier layer's (ALBERT, Zamba2): they run, but own no parameter."""
     tokens: int | None = None
-    """Tokens that it always sees, whatever the prompt: an image's patches, Whisper's frames. None for the prompt's own."""
+    """Tokens that it sees whatever the prompt: an image's patches, Whisper's frames; None for the prompt's own."""
 
     def params(self) -> Iterator[Param]:
         """All of its tensors, named in full, in the order in which transformers builds them."""

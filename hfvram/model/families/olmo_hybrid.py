@@ -79,10 +79,12 @@ def delta_net(config: Config, hidden: int) -> GatedDeltaNet:
         value_dim=value_dim,
         d_conv=kernel,
         fused_projection=False,
-        params=(Param("linear_attn.A_log", (value_heads,), "other", "fp32"),)
-        + others("linear_attn", {"dt_bias": (value_heads,)})
-        + tuple(p for projection in projections for p in projection)
-        + linear("linear_attn.o_proj", values, hidden)
-        + convolution("linear_attn.conv1d", 2 * keys + values, 1, kernel, bias=False)
-        + norm("linear_attn.o_norm", value_dim),
+        params=(
+            Param("linear_attn.A_log", (value_heads,), "other", "fp32"),
+            *others("linear_attn", {"dt_bias": (value_heads,)}),
+            *(p for projection in projections for p in projection),
+            *linear("linear_attn.o_proj", values, hidden),
+            *convolution("linear_attn.conv1d", 2 * keys + values, 1, kernel, bias=False),
+            *norm("linear_attn.o_norm", value_dim),
+        ),
     )

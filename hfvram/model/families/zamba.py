@@ -132,10 +132,13 @@ def state_space(config: Config, name: str, hidden: int) -> Mamba1:
         d_conv=kernel,
         dt_rank=rank,
         heads=heads,
-        params=(*others(name, tensors), decay)
-        + convolution(f"{name}.conv1d", inner, 1, kernel, bias=config.flag("mamba_conv_bias"))
-        + linear(f"{name}.in_proj", hidden, 2 * inner, bias)
-        + linear(f"{name}.out_proj", inner, hidden, bias),
+        params=(
+            *others(name, tensors),
+            decay,
+            *convolution(f"{name}.conv1d", inner, 1, kernel, bias=config.flag("mamba_conv_bias")),
+            *linear(f"{name}.in_proj", hidden, 2 * inner, bias),
+            *linear(f"{name}.out_proj", inner, hidden, bias),
+        ),
     )
 
 
