@@ -15,20 +15,25 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hfvram.errors import HfvramError
 from hfvram.memory.exact.build import name_tensors
+from hfvram.memory.exact.quantized import ON_LOADING
 from hfvram.memory.exact.run import Run
 from hfvram.request import Request
 
 GPUS_A_NODE = 8
-MAX_RANKS = 1 << 16
+MAX_RANKS = 1 << 14
 
 
 @contextlib.contextmanager
 def ranks(run: Run, request: Request) -> Iterator[None]:
     """The ranks of a request, of which this process is the first. They are gone on leaving.
 
-    Raises `usage` where the GPUs can't be divided so, for too many, and inside of a job that is distributed itself.
+    Raises `usage` where the GPUs can't be divided so, for too many, for weights that bitsandbytes packs (which are no
+    parameters here), and inside of a job that is distributed itself.
     """
     sizes = mesh_sizes(request)
+    if request.quant in ON_LOADING and (request.fsdp or request.tp > 1):
+        option = "--fsdp" if request.fsdp else "--tp"
+        raise HfvramError("usage", f"{option} with --quant {request.quant} is not supported yet: valid is --quant none")
     if dist.is_initialized():
         raise HfvramError(
             "usage", "this process is a rank of a distributed job: --method simulate needs one of its own"

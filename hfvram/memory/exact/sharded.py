@@ -7,6 +7,7 @@ dispatch mode sees. Each is replaced while `fsdp_on_meta` stands, and put back.
 
 import contextlib
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -156,17 +157,19 @@ def shard(model: Any, request: Request, mesh: DeviceMesh) -> None:
 def layers(model: Any) -> list[Any]:
     """The modules that are gathered one at a time, inner ones first.
 
-    Accelerate's rule: those that transformers never splits over devices. Where it names none that stands more than
-    once, the longest list of modules of one class.
+    Accelerate's rule: those that transformers never splits over devices, but none that shares a tensor with others
+    (tied embeddings go with the whole). Where that leaves fewer than two, the longest list of modules of one class.
     """
-    never_split = set(getattr(_base(model), "_no_split_modules", None) or ())
-    found = [m for m in model.modules() if type(m).__name__ in never_split and any(True for _ in m.parameters())]
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    never_split = set(getattr(base, "_no_split_modules", None) or ())
+    holders = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    found = []
+    for module in model.modules():
+        if type(module).__name__ in never_split:
+            held = Counter(id(p) for m in module.modules() for p in m.parameters(recurse=False))
+            if held and all(holders[p] == n for p, n in held.items()):
+                found.append(module)
     if len(found) < 2:
         lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len({type(c) for c in m}) == 1]
         found = list(max(lists, key=len, default=()))
     return found[::-1]
-
-
-def _base(model: Any) -> Any:
-    """The model within its adapter."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
