@@ -95,7 +95,7 @@ class Request:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Request":
-        """A request from JSON or keywords; numbers may be strings (`"8k"`). Raises `usage` for unknown names and types."""
+        """A request from JSON or keywords; numbers may be text (`"8k"`). Unknown names and wrong types are `usage`."""
         known = {}
         for name, value in values.items():
             if name not in _TYPES:

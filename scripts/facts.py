@@ -98,9 +98,7 @@ def folded(names: Iterable[str]) -> list[str]:
         layers[re.sub(r"\.\d+(?=[.*]|$)", ".*", name, count=1)].append(name)
     out: list[str] = []
     for pattern, members in layers.items():
-        whole_layer = pattern.endswith(
-            (".*", ".**")
-        )  # `layers.0*` is one layer, `layers.**` would be all
+        whole_layer = pattern.endswith((".*", ".**"))  # `layers.0*` is one layer, `layers.**` would be all
         out += members if len(members) < 4 or whole_layer else [pattern]
     return out
 

@@ -9,7 +9,7 @@ Source = Literal["hub", "cache", "local", "catalogue"]
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor as a file stores it: `dtype` as safetensors spells it (`BF16`, `F8_E4M3`, `I32`), sizes in elements."""
+    """One tensor as a file stores it: `dtype` as safetensors has it (`BF16`, `F8_E4M3`, `I32`), sizes in elements."""
 
     name: str
     dtype: str
