@@ -7,6 +7,7 @@ from typing import Any
 from hfvram.errors import HfvramError
 from hfvram.model import meta
 from hfvram.model.architecture import Architecture, Stack
+from hfvram.model.config import Config
 from hfvram.model.infer import infer
 from hfvram.model.layers import Layer, Param
 from hfvram.read.checkpoint import Checkpoint
@@ -36,8 +37,8 @@ def bound(checkpoint: Checkpoint, unknown: HfvramError, trust_remote_code: bool 
             values[name] = next((values[o] for o in others if values.get(o)), None)
     if any(not values.get(key) for key in SIZES):
         raise unknown
-    values["intermediate_size"] = values["intermediate_size"] or 4 * values["hidden_size"]
-    ignored = ("layer_types", "architectures")
+    values["intermediate_size"] = values["intermediate_size"] or 4 * Config(values).size("hidden_size")
+    ignored = ("layer_types", "architectures", "sliding_window", "attention_chunk_size")
     likeness = infer({k: v for k, v in values.items() if k not in ignored} | {"model_type": "llama"})
     params, counted = _tensors(checkpoint, trust_remote_code)
     if params:
