@@ -9,7 +9,6 @@ import os
 import re
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,19 +93,32 @@ def test_counts_of_types_and_models() -> None:
 
 
 def test_what_is_refused_is_refused_and_what_is_supported_is_not() -> None:
-    """Every word in code font of the table's two columns, for the options of one word."""
+    """Every word of the table's columns, for the options that it has rows of; simulations are other tests' matter."""
+
+    def ask(name: str, word: str) -> hfvram.Estimate:
+        options: dict[str, Any] = {name: word}
+        return hfvram.estimate("gpt2", offline=True, **options)
+
     refused = 0
-    rows = [line.strip("| ").split(" | ") for line in README.read_text().splitlines() if line.startswith("| `--")]
-    for option, now, *later in rows:
-        name = option.strip("`-")
-        for word in re.findall(r"`([\w.]+)`", now):
-            assert hfvram.estimate("gpt2", offline=True, **{name: word}).device_bytes > 0
-        for word in re.findall(r"`([\w.]+)`", " ".join(later)):
-            ask: Any = partial(hfvram.estimate, "gpt2", offline=True, **{name: word})
-            with pytest.raises(hfvram.HfvramError, match="not supported yet"):
-                ask()
+    rows = [line.strip("| ").split("|") for line in README.read_text().splitlines() if line.startswith("| `--")]
+    for option, *cells in rows:
+        name = option.strip(" `-").replace("-", "_")
+        answered, simulated, later = (re.findall(r"`([\w.-]+)`", cell) for cell in [*cells, "", ""][:3])
+        for word in answered:
+            assert ask(name, word).device_bytes > 0
+        for word in simulated + later:
+            with pytest.raises(hfvram.HfvramError, match="not supported yet") as raised:
+                ask(name, word)
+            assert ("with --method simulate" in str(raised.value)) == (word in simulated)
             refused += 1
-    assert refused >= 7
+    assert (len(rows), refused) == (8, 16)
+
+
+def test_every_key_of_the_answer_is_described() -> None:
+    answer = hfvram.estimate("meta-llama/Llama-2-13b-hf", offline=True, gpu="24GB", recommend=True).to_dict()
+    keys = {*answer, *answer["model"], *answer["items"][0], *answer["interval"], *answer["guide"], *answer["fit"]}
+    keys |= {*answer["fit"]["ways"][0], *answer["recommended"][0]}
+    assert keys - set(re.findall(r"`(\w+)`", (ROOT / "docs" / "json.md").read_text())) == set()
 
 
 def test_how_right_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
