@@ -49,18 +49,19 @@ class FusedAttention(torch.autograd.Function):  # type: ignore[misc]
         # Only flash attention computes the log-sum-exp where no gradient will need it.
         rows = rows if kernel == "flash" or any(ctx.needs_input_grad) else 0
         log_sum = torch.empty((b, heads, rows), dtype=torch.float32, device=q.device)
-        ctx.save_for_backward(q, k, v, bias, out, log_sum)
+        seed = tuple(torch.empty((), dtype=torch.int64, device=q.device) for _ in range(2))  # dropout's, always kept
+        ctx.save_for_backward(q, k, v, bias, out, log_sum, *seed)
         ctx.kernel = kernel
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
-        q, k, v, bias, out, _ = ctx.saved_tensors
+        q, k, v, bias, out, *_ = ctx.saved_tensors
         b, heads, s, d = q.shape
         if ctx.kernel == "cudnn":
             grads = tuple(like_layout(x, x.shape) for x in (q, k, v))
             scratch = [like_layout(out, out.shape)] if grad.stride() != out.stride() else []
-            scratch += [_fp32(q, b, heads, s), _fp32(q, b, s, heads, d)]
+            scratch.append(_fp32(q, b * heads * s * (d + 1)))  # one workspace: the rows' sums, the queries' gradient
         else:
             grads = tuple(heads_last(x.shape, q) for x in (q, k, v))
             scratch = FusedAttention._flash_scratch(q, k) if ctx.kernel == "flash" else [_fp32(q, b, heads, s)]
