@@ -19,22 +19,22 @@ def infer(run: Run, model: Any, request: Request) -> None:
     model.eval()
     run.tracker.unpadded = not request.padding
     ids = torch.empty((request.batch, request.ctx or 1), dtype=torch.long, device="meta")
+    hook = model.register_forward_hook(lambda _, args, out: note_cache(run, cache_of(out)))
     with run.on_cuda(model), torch.no_grad():
         if request.phase == "generate":
             cache = generate(run, model, ids, request)
         else:
             run.timeline.mark(request.phase or "")
-            ids = ids.clone()
+            ids = inputs(run, ids)
             cache = once(model, ids, request)
-    tensors = list(reachable(cache))
-    run.tracker.retag(tensors, "cache", "keys, values and states")
-    run.timeline.cache_bytes = sum(t.untyped_storage().nbytes() for t in tensors)
+    hook.remove()
+    note_cache(run, cache)
 
 
 def generate(run: Run, model: Any, ids: Any, request: Request) -> Any:
     """`model.generate` on all but the last `new_tokens` tokens of `ids`; returns the cache."""
     new = request.new_tokens or 1
-    ids = ids.clone()
+    ids = inputs(run, ids)
     prompt = ids[:, : ids.shape[1] - new]
     options: dict[str, Any] = {"cache_implementation": request.cache} if request.cache != "dynamic" else {}
     run.timeline.mark("prefill")
@@ -48,7 +48,7 @@ def generate(run: Run, model: Any, ids: Any, request: Request) -> Any:
         return_dict_in_generate=True,
         **options,
     )
-    return getattr(out, "past_key_values", None) or getattr(out, "cache_params", None)
+    return cache_of(out)
 
 
 def forward_count(run: Run, model: Any, new: int) -> None:
@@ -76,7 +76,26 @@ def once(model: Any, ids: Any, request: Request) -> Any:
     out = model(input_ids=ids, **options)
     if request.phase != "prefill":
         return None
+    return cache_of(out)
+
+
+def inputs(run: Run, ids: Any) -> Any:
+    """The token ids as they come to the GPU."""
+    run.tracker.category = "inputs"
+    arrived = ids.clone()
+    run.tracker.category = "activations"
+    return arrived
+
+
+def cache_of(out: Any) -> Any:
     return getattr(out, "past_key_values", None) or getattr(out, "cache_params", None)
+
+
+def note_cache(run: Run, cache: Any) -> None:
+    """Count the cache as it is now, and say of its tensors what they are."""
+    tensors = list(reachable(cache))
+    run.tracker.retag(tensors, "cache", "keys, values and states")
+    run.timeline.cache_bytes = sum(t.untyped_storage().nbytes() for t in tensors)
 
 
 def reachable(root: Any) -> Iterator[Any]:
