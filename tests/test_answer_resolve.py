@@ -1,0 +1,124 @@
+"""What a request leaves open, and what contradicts the model."""
+
+from typing import Any
+
+import pytest
+
+from hfvram.answer.resolve import resolve
+from hfvram.errors import HfvramError
+from hfvram.model.architecture import Architecture
+from hfvram.model.infer import infer
+from hfvram.request import Request
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 100,
+    "max_position_embeddings": 2048,
+    "torch_dtype": "bfloat16",
+}
+BERT = {**LLAMA, "model_type": "bert", "architectures": ["BertModel"], "max_position_embeddings": 512}
+MPT = {"model_type": "mpt", "d_model": 64, "n_heads": 4, "n_layers": 2, "vocab_size": 100}
+
+
+def model(config: dict[str, Any] = LLAMA, **changes: Any) -> Architecture:
+    return infer({**config, **changes})
+
+
+def resolved(architecture: Architecture, **options: Any) -> Request:
+    return resolve(architecture, Request(**options))[0]
+
+
+def refusal(architecture: Architecture, **options: Any) -> str:
+    with pytest.raises(HfvramError) as caught:
+        resolve(architecture, Request(**options))
+    assert caught.value.kind == "usage"
+    return caught.value.message
+
+
+@pytest.mark.parametrize(("limit", "ctx"), [(2048, 2048), (4096, 4096), (131_072, 4096), (None, 4096), (512, 512)])
+def test_context_is_4096_or_the_models_limit(limit: int | None, ctx: int) -> None:
+    config = {k: v for k, v in LLAMA.items() if k != "max_position_embeddings"}
+    a = (
+        infer({**config, "max_position_embeddings": limit})
+        if limit
+        else infer({**config, "max_position_embeddings": -1})
+    )
+    assert resolved(a).ctx == ctx
+
+
+@pytest.mark.parametrize(("ctx", "new"), [(4096, 8), (9, 8), (8, 7), (2, 1), (1, None)])
+def test_new_tokens_are_8_or_what_leaves_a_prompt(ctx: int, new: int | None) -> None:
+    assert resolved(model(), ctx=ctx).new_tokens == new
+
+
+def test_a_generator_without_a_prompt_is_refused() -> None:
+    assert "valid are 1 to 99" in refusal(model(), ctx=100, new_tokens=100)
+    assert "valid are 1 to 2047" in refusal(model(), new_tokens=3000)
+
+
+@pytest.mark.xfail(strict=True, reason="taken: a prompt of no tokens")
+def test_a_generator_without_a_prompt_at_one_token() -> None:
+    refusal(model(), ctx=1, new_tokens=1)
+
+
+def test_over_the_limit_is_a_warning() -> None:
+    request, notes = resolve(model(), Request(ctx=2049))
+    assert request.ctx == 2049
+    assert notes == ["ctx 2,049 is over the model's limit of 2,048 tokens"]
+    assert resolve(model(), Request(ctx=2048))[1] == []
+
+
+def test_phase_by_task() -> None:
+    assert resolved(model()).phase == "generate"
+    assert resolved(model(BERT)).phase == "encode"
+    assert resolved(model(BERT)).new_tokens is None
+    assert resolved(model(), phase="prefill").new_tokens is None
+    assert "keeps no cache, valid is encode" in refusal(model(BERT), phase="generate")
+    assert "keeps no cache, valid is encode" in refusal(model(BERT), phase="prefill")
+    assert "--phase generate" in refusal(model(), phase="encode", cache="static")
+
+
+def test_dtype_is_the_checkpoints() -> None:
+    assert resolved(model()).dtype == "bf16"
+    assert resolved(model(), dtype="fp32").dtype == "fp32"
+    assert resolved(model()).kv_dtype == "bf16"
+    assert resolved(model(torch_dtype="float16"), kv_dtype="fp16").kv_dtype == "fp16"
+    assert "the computing dtype, here bf16" in refusal(model(), kv_dtype="int8")
+
+
+def test_a_checkpoints_own_quantization() -> None:
+    a = model(quantization_config={"quant_method": "gptq", "bits": 4})
+    request, notes = resolve(a, Request())
+    assert request.quant == "gptq-4"
+    assert "the checkpoint is gptq-4" in notes[0]
+    assert resolve(a, Request(quant="none"))[1] == []
+    assert "gptq-4 already" in refusal(a, quant="nf4")
+    assert "valid are auto and none" in refusal(a, quant="awq-4")
+    unheard = model(quantization_config={"quant_method": "spqr"})
+    assert "quantization spqr is not supported yet" in refusal(unheard)
+    assert resolved(unheard, quant="none").quant == "none"
+
+
+@pytest.mark.parametrize("quant", ["fp8", "mxfp4", "gptq-4", "awq-4"])
+def test_formats_that_are_not_made_while_loading(quant: str) -> None:
+    assert "nf4, fp4, int8" in refusal(model(), quant=quant)
+
+
+def test_attention_that_the_model_can_not_run() -> None:
+    assert resolved(model(), attention="eager").attention == "eager"
+    request, notes = resolve(model(MPT), Request(attention="sdpa"))
+    assert request.attention == "eager"  # MPT's code has no other
+    assert "can't run --attention sdpa: eager runs instead" in notes[0]
+
+
+def test_nothing_is_left_open_and_resolving_again_changes_nothing() -> None:
+    for a in (model(), model(BERT), model(MPT)):
+        once = resolved(a)
+        assert None not in (once.ctx, once.phase, once.gpus)
+        assert "auto" not in (once.dtype, once.method)
+        assert resolved(a, **{k: v for k, v in once.to_dict().items() if k not in ("offload", "lora_targets")}) == once

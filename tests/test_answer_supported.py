@@ -1,0 +1,71 @@
+"""What is not answered yet is refused by name, with what is valid."""
+
+from typing import Any
+
+import pytest
+
+from hfvram.answer.supported import TRAINING, check
+from hfvram.errors import HfvramError
+from hfvram.request import Request
+
+NOT_YET: list[tuple[dict[str, Any], str]] = [
+    ({"mode": "train"}, "inference"),
+    ({"mode": "lora"}, "inference"),
+    ({"mode": "qlora"}, "inference"),
+    ({"engine": "vllm"}, "transformers"),
+    ({"engine": "sglang"}, "transformers"),
+    ({"engine": "llama.cpp"}, "transformers"),
+    ({"cache": "offloaded"}, "dynamic, static"),
+    ({"cache": "quantized"}, "dynamic, static"),
+    ({"cache": "paged"}, "dynamic, static"),
+    ({"gpus": 2}, "1"),
+    ({"tp": 2}, "1"),
+    ({"pp": 2}, "1"),
+    ({"ep": 8}, "1"),
+    ({"cp": 2}, "1"),
+    ({"sp": True}, "False"),
+    ({"zero": 1}, "0"),
+    ({"zero": 3}, "0"),
+    ({"fsdp": "full_shard"}, ""),
+    ({"offload": ("experts",)}, ""),
+    ({"offload": ("params", "layers")}, ""),
+]
+
+
+@pytest.mark.parametrize(("options", "valid"), NOT_YET, ids=str)
+def test_not_yet(options: dict[str, Any], valid: str) -> None:
+    with pytest.raises(HfvramError) as caught:
+        check(Request(**options))
+    error = caught.value
+    (name,) = options
+    assert (error.kind, error.exit_code) == ("usage", 2)
+    assert f"--{name.replace('_', '-')} " in error.message
+    assert "not supported yet" in error.message
+    assert valid in error.message.partition("this version answers")[2]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optimizer": "sgd"},
+        {"gradient_checkpointing": True},
+        {"grad_accum": 4},
+        {"mixed_precision": "bf16"},
+        {"lora_r": 8},
+        {"lora_targets": "q_proj"},
+        {"lora_dropout": 0.1},
+        {"adapter_dtype": "bf16"},
+    ],
+    ids=str,
+)
+def test_training_options_with_inference(options: dict[str, Any]) -> None:
+    assert set(options) <= set(TRAINING)
+    with pytest.raises(HfvramError) as caught:
+        check(Request(**options))
+    assert caught.value.kind == "usage"
+    assert "--mode inference has no use for it" in caught.value.message
+
+
+def test_what_is_answered() -> None:
+    for options in ({}, {"cache": "static"}, {"method": "guide"}, {"quant": "nf4"}, {"zero": 0}, {"gpus": 1}):
+        check(Request(**options))  # type: ignore[arg-type]
