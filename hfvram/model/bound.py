@@ -44,7 +44,7 @@ def bound(checkpoint: Checkpoint, unknown: HfvramError, trust_remote_code: bool 
     if params:
         layers = tuple(_without_params(layer) for layer in likeness.text.layers)
         shell = Stack(name="text", layers=layers, hidden_size=likeness.hidden_size)
-        likeness = replace(likeness, stacks=(shell,), head=params)
+        likeness = replace(likeness, stacks=(shell,), head=params, tied_head=True)  # whichever is its head, it has one
     warning = (
         f"{unknown.message}: every layer counts as full attention, {counted}; what its code needs beside is left out"
     )
