@@ -36,19 +36,19 @@ def scratch_bytes(operator: Any, args: tuple[Any, ...]) -> tuple[int, ...]:
     if operator is aten._safe_softmax:
         return (args[0].numel(),)
     if operator is aten.embedding_dense_backward:
-        return embedding_scratch_bytes(args[1].numel(), args[0].shape[-1], *args[2:4])
+        return embedding_scratch_bytes(args[1].numel(), args[0].shape[-1], args[2])
     return ()
 
 
-def embedding_scratch_bytes(tokens: int, width: int, rows: int, padding: int) -> tuple[int, ...]:
-    """An embedding's backward sorts its tokens beyond 3,072 (or with a padding row), and sums runs of ten in fp32.
+def embedding_scratch_bytes(tokens: int, width: int, rows: int) -> tuple[int, ...]:
+    """An embedding's backward sorts its tokens where they are more than 3,072, and sums runs of ten in fp32.
 
     Source: PyTorch 2.11, native/cuda/Embedding.cu and EmbeddingBackwardKernel.cu.
 
-    >>> embedding_scratch_bytes(3072, 2048, 32000, -1), embedding_scratch_bytes(4096, 8, 32000, -1)[-1]
+    >>> embedding_scratch_bytes(3072, 2048, 32000), embedding_scratch_bytes(4096, 8, 32000)[-1]
     ((), 144160)
     """
-    if tokens <= 3072 and padding < 0:
+    if tokens <= 3072:
         return ()
     segments = min(tokens, rows)
     runs = tokens // 10 + segments
@@ -56,16 +56,17 @@ def embedding_scratch_bytes(tokens: int, width: int, rows: int, padding: int) ->
 
 
 class Tracker(TorchDispatchMode):  # type: ignore[misc]
-    """A dispatch mode. `category` is what new storages are; `module` names what runs; `stream` is whose pool serves.
+    """A dispatch mode that sees one device's storages: meta's, or for proof another's. `category` is what new storages are; `module` names what runs; `stream` is whose pool serves.
 
     Answers what meta tensors can't: whether a mask is all ones (`all`, or `sum() == numel()`) is whether the input is
     `unpadded`; more dimensions are activations, all finite; any other boolean is False and a number 0. So code that
     depends on data takes the path of ordinary, balanced input.
     """
 
-    def __init__(self, timeline: Timeline) -> None:
+    def __init__(self, timeline: Timeline, device: str = "meta") -> None:
         super().__init__()
         self.timeline = timeline
+        self.device = device
         self.category: Category = "activations"
         self.module = ""
         self.stream = 0
@@ -113,9 +114,9 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
                 self.see(item)
 
     def add(self, tensor: Any) -> int | None:
-        """A tensor whose storage stands from now on; its handle, None where it is no storage on meta."""
+        """A tensor whose storage stands from now on; its handle, None where it is on another device."""
         tensor = getattr(tensor, "_local_tensor", tensor)
-        if tensor.device.type != "meta":
+        if tensor.device.type != self.device:
             return None
         storage = tensor.untyped_storage()
         key = storage._cdata
