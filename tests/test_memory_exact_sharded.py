@@ -102,12 +102,13 @@ def test_two_worlds_in_one_process_and_nothing_is_left() -> None:
         group = modules[sharded.FSDP + "_fsdp_param_group"].FSDPParamGroup
         return {name: dict(vars(module)) for name, module in modules.items()} | {"group": dict(vars(group))}
 
-    before = state()
+    before, hook = state(), sys.excepthook
     weights = [standing(run(gpus=n, fsdp="full_shard"))["weights"] for n in (4, 8, 4)]
     assert weights == [2 * PARAMETERS // 4, 2 * PARAMETERS // 8, 2 * PARAMETERS // 4]
     with pytest.raises(HfvramError):
         run({**TINY, "num_attention_heads": 3}, gpus=2, fsdp="full_shard")
     assert state() == before
+    assert sys.excepthook is hook
     assert not torch.distributed.is_initialized()
 
 

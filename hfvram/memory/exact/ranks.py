@@ -6,6 +6,7 @@ parallelism, FSDP2, DistributedDataParallel. Ranks that hold less (the last part
 
 import contextlib
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,6 +39,7 @@ def ranks(run: Run, request: Request) -> Iterator[None]:
         raise HfvramError(
             "usage", "this process is a rank of a distributed job: --method simulate needs one of its own"
         )
+    hook = sys.excepthook  # which a process group replaces by one that prints its rank
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=math.prod(sizes.values()))
     try:
         run.mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
@@ -50,6 +52,7 @@ def ranks(run: Run, request: Request) -> Iterator[None]:
     finally:
         run.mesh = None
         dist.destroy_process_group()
+        sys.excepthook = hook
 
 
 def mesh_sizes(request: Request) -> dict[str, int]:
