@@ -96,6 +96,11 @@ def test_the_weights_that_one_rank_holds(options: dict[str, Any], elements: int)
     assert standing(run(**options))["weights"] == 2 * elements
 
 
+def test_a_tied_embedding_is_split_with_its_head() -> None:
+    timeline = run({**TINY, "tie_word_embeddings": True}, gpus=2, tp=2)
+    assert standing(timeline)["weights"] == 2 * (NORMS + (EMBEDDING + SPLIT) // 2)
+
+
 def test_two_worlds_in_one_process_and_nothing_is_left() -> None:
     def state() -> dict[str, dict[str, object]]:
         modules = {name: module for name, module in sys.modules.items() if name.startswith(sharded.FSDP)}

@@ -43,7 +43,7 @@ def resolve(architecture: Architecture, request: Request) -> tuple[Request, list
     if request.quant == "auto" and own != "none":
         warnings.append(_quantized(own))
     if (gpus := _gpus(request)) > 1:
-        warnings.append(f"per GPU: the first of {gpus}, which holds the most; what NCCL keeps for itself is not counted")
+        warnings.append(f"per GPU: the first of {gpus}, which holds the most; NCCL's own memory is not counted")
     attention = _attention(architecture, request)
     if attention != request.attention:
         warnings.append(

@@ -37,6 +37,7 @@ def split_model(model: Any, mesh: DeviceMesh) -> None:
     except ValueError as error:
         raise HfvramError("usage", f"--tp {mesh.size()}: {error}") from error
     compact(model)
+    model.tie_weights(recompute_mapping=False)
 
 
 def split_heads(model: Any, plan: dict[str, str]) -> list[int]:
