@@ -4,10 +4,10 @@ from dataclasses import replace
 
 from hfvram import __version__
 from hfvram.answer import guide, pipeline
-from hfvram.answer.estimate import Estimate, Interval, Item, Recommended
+from hfvram.answer.estimate import Estimate, Fit, Interval, Item, Recommended
 from hfvram.answer.facts import facts, guide_items
 from hfvram.answer.fit import judge
-from hfvram.answer.gpus import find_gpu, recommend
+from hfvram.answer.gpus import Gpu, find_gpu, recommend
 from hfvram.answer.interval import interval
 from hfvram.answer.items import items
 from hfvram.answer.resolve import resolve
@@ -46,6 +46,8 @@ class Session:
         file: str | None = None,
     ) -> Estimate:
         """What `request` takes of one GPU. Raises `HfvramError` of every kind of SPEC's table."""
+        if request.method == "auto" and request.mode != "inference":
+            request = request.with_(method="simulate")
         check(request)
         key = (model, revision, token, offline, file, request.allow_unknown, request.trust_remote_code)
         if key not in self._models:
@@ -99,15 +101,32 @@ def answer(model: Model, asked: Request) -> Estimate:
     if asked.gpu:
         gpu, note = find_gpu(asked.gpu)
         notes += [note] if note else []
-        known = {found.request: found.device_bytes}
-        fit = judge(
-            lambda r: known[r] if r in known else taken(model, r),
-            found.request,
-            gpu,
-            max_positions=model.architecture.max_positions,
-        )
+        fit, said = verdict(model, found, gpu)
+        notes += said
         found = replace(found, fit=fit)
     return replace(found, warnings=(*found.warnings, *notes, *_assumptions(model, found)))
+
+
+def verdict(model: Model, found: Estimate, gpu: Gpu) -> tuple[Fit, list[str]]:
+    """Whether an estimate fits, the limits, and ways; for training and several GPUs the verdict alone."""
+    request = found.request
+    if request.mode == "inference" and (request.gpus or 1) == 1:
+        known = {request: found.device_bytes}
+        limit = model.architecture.max_positions
+        return judge(lambda r: known[r] if r in known else taken(model, r), request, gpu, max_positions=limit), []
+    if request.max_ctx or request.max_batch:
+        raise HfvramError("usage", "--max-ctx and --max-batch are for --mode inference on one GPU so far")
+    room = gpu.memory_bytes - found.device_bytes
+    fit = Fit(
+        gpu=gpu.name,
+        capacity_bytes=gpu.memory_bytes,
+        fits=room >= 0,
+        headroom_bytes=room,
+        max_ctx=None,
+        max_batch=None,
+        ways=(),
+    )
+    return fit, ["limits and ways to make it fit are searched for --mode inference on one GPU only so far"]
 
 
 def estimate_of(model: Model, asked: Request) -> Estimate:
