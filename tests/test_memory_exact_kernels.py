@@ -1,0 +1,86 @@
+"""Which attention kernel runs, and what it allocates."""
+
+from typing import Any
+
+import pytest
+
+from hfvram.memory.timeline import Standing, Timeline
+
+torch = pytest.importorskip("torch")
+
+from hfvram.memory.exact.autocast import Autocast  # noqa: E402
+from hfvram.memory.exact.kernels import CudaBehaviour, kernel_for, like_layout  # noqa: E402
+from hfvram.memory.exact.tracker import Tracker  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+BF16 = torch.bfloat16
+SDPA = torch.nn.functional.scaled_dot_product_attention
+
+
+def heads(number: int, size: int, dtype: Any = BF16, tokens: int = 48) -> Any:
+    """(2, heads, tokens, size) that lies in memory as a projection leaves it: by token."""
+    return torch.empty((2, tokens, number, size), dtype=dtype, device="meta").transpose(1, 2)
+
+
+def allocated(work: Any) -> list[int]:
+    """Bytes of what is allocated, but for scalars: seeds and offsets of the random numbers."""
+    timeline = Timeline(Standing(()))
+    with CudaBehaviour(Autocast()), Tracker(timeline):
+        work()
+    return [n for n in timeline.sizes if n > 8]
+
+
+@pytest.mark.parametrize(
+    ("q", "kv", "mask", "gqa", "kernel"),
+    [
+        ((8, 64), (8, 64), None, False, "cudnn"),
+        ((8, 128), (2, 128), None, True, "cudnn"),
+        ((8, 256), (8, 256), None, False, "flash"),
+        ((8, 80, torch.float32), (8, 80, torch.float32), None, False, "efficient"),
+        ((8, 64), (8, 64), "bool", False, "efficient"),
+        ((8, 64, torch.float32), (2, 64, torch.float32), None, True, None),
+        ((8, 64), (1, 64), None, False, None),
+    ],
+)
+def test_choice(q: Any, kv: Any, mask: Any, gqa: bool, kernel: str | None) -> None:
+    given = None if mask is None else torch.empty((2, 1, 48, 48), dtype=torch.bool, device="meta")
+    assert kernel_for(heads(*q), heads(*kv), heads(*kv), given, gqa) == kernel
+
+
+def test_a_bias_that_learns_leaves_the_math_path() -> None:
+    bias = torch.empty((1, 8, 48, 48), dtype=BF16, device="meta", requires_grad=True)
+    assert kernel_for(heads(8, 64), heads(8, 64), heads(8, 64), bias, False) is None
+
+
+def test_before_hopper_flash_runs_where_cudnn_would() -> None:
+    q = heads(8, 64)
+    assert kernel_for(q, q, q, None, False, hopper=False) == "flash"
+
+
+def test_without_gradients_only_flash_computes_the_log_sum_exp() -> None:
+    small, large = heads(8, 64), heads(8, 256)
+    out = 2 * 48 * 8 * 64 * 2
+    assert allocated(lambda: SDPA(small, small, small)) == [out]
+    assert allocated(lambda: SDPA(large, large, large)) == [4 * out, 2 * 8 * 48 * 4]
+    leaf = heads(8, 64).requires_grad_()
+    assert allocated(lambda: SDPA(leaf, leaf, leaf)) == [out, 2 * 8 * 48 * 4]
+
+
+def test_a_boolean_mask_becomes_a_bias_in_rows_of_eight() -> None:
+    q, k = heads(8, 64), heads(8, 64, tokens=49)
+    mask = torch.empty((2, 1, 48, 49), dtype=torch.bool, device="meta")
+    assert allocated(lambda: SDPA(q, k, k, attn_mask=mask))[:2] == [2 * 48 * 49 * 2, 2 * 48 * 56 * 2]
+
+
+def test_the_output_lies_in_memory_as_the_queries_do() -> None:
+    by_head = torch.empty((2, 8, 48, 64), dtype=BF16, device="meta")
+    assert like_layout(by_head, by_head.shape).stride() == by_head.stride()
+    by_token = heads(8, 64)
+    assert like_layout(by_token, by_token.shape).stride() == by_token.stride()
+
+
+def test_dropout_keeps_a_boolean_for_each_value() -> None:
+    x = torch.empty((16, 64), dtype=BF16, device="meta")
+    assert sorted(allocated(lambda: torch.nn.functional.dropout(x, 0.1))) == [16 * 64, 16 * 64 * 2]
+    assert allocated(lambda: torch.nn.functional.dropout(x, 0.1, training=False)) == []
