@@ -31,7 +31,9 @@ def adapt(run: Run, model: Any, request: Request) -> Any:
         if request.mode == "qlora":
             model.is_loaded_in_4bit = True
             model = peft.prepare_model_for_kbit_training(
-                model, use_gradient_checkpointing=request.gradient_checkpointing
+                model,
+                use_gradient_checkpointing=request.gradient_checkpointing,
+                gradient_checkpointing_kwargs={"use_reentrant": False},  # as transformers has it
             )
             name_tensors(run.tracker, model)
         elif request.gradient_checkpointing:
