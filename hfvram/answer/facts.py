@@ -41,6 +41,17 @@ def facts(model: Model) -> ModelFacts:
 def guide_items(model: Model, request: Request) -> tuple[Item, ...]:
     """Weights and cache as the guide's rule has them."""
     told = facts(model)
+    if request.mode != "inference":
+        return guide.training_items(
+            model.parameters,
+            batch=request.batch,
+            ctx=request.ctx or 1,
+            layers=told.layers,
+            hidden_size=told.hidden_size,
+            heads=told.attention_heads,
+            mode=request.mode,
+            rank=request.lora_r,
+        )
     mixers = (m for layer in model.architecture.text.layers for m in layer.mixers)
     mamba = next((m for m in mixers if isinstance(m, (Mamba1, Mamba2))), None)
     return guide.inference_items(

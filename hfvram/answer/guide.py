@@ -9,6 +9,7 @@ of what experts need that come and go.
 """
 
 from hfvram.answer.estimate import Item, RuleOfThumb
+from hfvram.memory.timeline import Category
 
 SOURCE = "the guide's rule of thumb (docs/guide.md)"
 
@@ -54,6 +55,38 @@ def inference_items(
         return (weights,)
     state = Item(name="cache", category="cache", bytes=cache, formula=formula, source=SOURCE, certainty="guess")
     return weights, state
+
+
+def training_items(
+    parameters: int, *, batch: int, ctx: int, layers: int, hidden_size: int, heads: int | None, mode: str, rank: int
+) -> tuple[Item, ...]:
+    """Weights, states and activations in bytes as the rule has them; LoRA as the base model and `2·r·d·k`, as quoted.
+
+    What is wrong with it: AdamW with an fp32 master copy is 12 bytes a parameter, not 4; the activations are one
+    layer's of Korthikanti et al. (arXiv 2205.05198), so they are counted for each of the layers here; nothing is said
+    of logits, flash attention or checkpointing; LoRA's term counts one matrix, and no activations.
+    Source: the guide, sections 2 and 3.
+
+    >>> sizes = {"batch": 1, "ctx": 2048, "layers": 32, "hidden_size": 4096, "heads": 32}
+    >>> [i.bytes for i in training_items(7 * 10**9, **sizes, mode="train", rank=8)]
+    [14000000000, 28000000000, 14000000000, 30601641984]
+    """
+
+    def item(name: str, category: Category, size: int, formula: str) -> Item:
+        return Item(name=name, category=category, bytes=size, formula=formula, source=SOURCE, certainty="guess")
+
+    weights = item("weights", "weights", 2 * parameters, f"2P = 2 × {parameters:,}")
+    if mode != "train":
+        pairs = 2 * rank * hidden_size
+        return weights, item("LoRA", "weights", pairs, f"2·r·d·k = 2 × {rank} × {hidden_size:,} × 1")
+    layer = batch * ctx * hidden_size * 34 + 5 * (heads or 0) * batch * ctx * ctx
+    sizes = f"{layers} × {batch} × {ctx:,} × {hidden_size:,} × (34 + 5 × {heads or 0} × {ctx:,} / {hidden_size:,})"
+    return (
+        weights,
+        item("optimizer", "optimizer", 4 * parameters, f"4P = 4 × {parameters:,}"),
+        item("gradients", "gradients", 2 * parameters, f"2P = 2 × {parameters:,}"),
+        item("activations", "activations", layers * layer, f"L·b·s·h·(34 + 5·a·s/h) = {sizes}"),
+    )
 
 
 def rule(items: tuple[Item, ...]) -> RuleOfThumb:

@@ -30,6 +30,8 @@ def interval(architecture: Architecture, request: Request, device_bytes: int) ->
 
 def group(architecture: Architecture, request: Request) -> str:
     """The group of measured cases that a question belongs to, as `scripts/score.py` names them."""
+    if request.mode != "inference":
+        return request.mode
     if (quant := request.quant) not in ("none", "auto") or architecture.quantization:
         return "inference-quantized" if quant in ("nf4", "fp4", "int8") else f"inference in {quant}"
     attention = (Attention, LatentAttention)

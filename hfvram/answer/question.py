@@ -160,9 +160,13 @@ def _simulated(model: Model, request: Request, notes: list[str]) -> Estimate:
 
     found = simulated(model, request)
     device = device_bytes(found.reserved_bytes)
+    estimate = _estimate(model, request, found.items, found.allocated_bytes, found.phase, notes)
     return replace(
-        _estimate(model, request, found.items, found.allocated_bytes, found.phase, notes),
+        estimate,
         method="simulate",
+        model=replace(estimate.model, trainable_parameters=found.trainable_parameters),
+        gradients_bytes=found.gradients_bytes,
+        optimizer_bytes=found.optimizer_bytes,
         versions=versions(),
         cache_bytes=found.cache_bytes,
         peak_reserved_bytes=found.reserved_bytes,

@@ -49,10 +49,13 @@ def resolve(architecture: Architecture, request: Request) -> tuple[Request, list
         warnings.append(
             f"{architecture.class_name} can't run --attention {request.attention}: {attention} runs instead"
         )
+    training = request.mode != "inference"
+    if request.mode == "qlora" and request.quant in ("auto", "none"):
+        request = request.with_(quant="nf4")
     return request.with_(
         ctx=ctx,
-        phase=phase,
-        new_tokens=(new or None) if phase == "generate" else None,
+        phase=None if training else phase,
+        new_tokens=(new or None) if phase == "generate" and not training else None,
         dtype=dtype,
         quant=own if request.quant == "auto" and own in CHOICES["quant"] else request.quant,
         kv_dtype=dtype if dtype in CHOICES["kv_dtype"] else "auto",

@@ -33,6 +33,9 @@ class Simulated:
     allocated_bytes: int
     reserved_bytes: int
     cache_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    trainable_parameters: int
 
 
 def simulated(model: Model, request: Request) -> Simulated:
@@ -50,6 +53,9 @@ def simulated(model: Model, request: Request) -> Simulated:
         allocated_bytes=peaks.allocated_bytes,
         reserved_bytes=peaks.reserved_bytes,
         cache_bytes=timeline.cache_bytes,
+        gradients_bytes=timeline.gradients_bytes,
+        optimizer_bytes=timeline.optimizer_bytes,
+        trainable_parameters=timeline.trainable_parameters,
     )
     values = {name: getattr(found, name) for name in found.__slots__}
     disk.store(SHELF, key, values | {"items": [{n: getattr(i, n) for n in i.__slots__} for i in found.items]})

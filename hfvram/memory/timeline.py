@@ -46,13 +46,16 @@ class Timeline:
     __slots__ = (
         "cache_bytes",
         "events",
+        "gradients_bytes",
         "marks",
+        "optimizer_bytes",
         "restarts",
         "sizes",
         "standing",
         "streams",
         "symbols",
         "tags",
+        "trainable_parameters",
         "tuned",
     )
 
@@ -70,6 +73,8 @@ class Timeline:
         """What the symbols of the formulas stand for."""
         self.tuned: set[tuple[object, ...]] = set()
         """Triton kernels that were launched already, by what their autotuner looks at."""
+        self.gradients_bytes = self.optimizer_bytes = self.trainable_parameters = 0
+        """Of training: all gradients and optimizer states in raw sizes, and the parameters that they are of."""
         self.cache_bytes = 0
         """The whole cache once the request is done, in raw sizes."""
 

@@ -36,7 +36,7 @@ class Run:
     @contextlib.contextmanager
     def on_cuda(self, model: Any) -> Iterator[None]:
         """Run what follows as on a GPU, each allocation under the name of the module that makes it."""
-        names = {id(m): name for name, m in model.named_modules()}
+        names = {id(m): name or type(m).__name__ for name, m in model.named_modules()}
         stack: list[str] = []
 
         def enter(module: Any, args: Any) -> None:

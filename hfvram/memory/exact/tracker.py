@@ -178,9 +178,10 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
             self.timeline.alloc(CUBLASLT_BYTES, CUBLASLT)
 
     def tag(self, name: str) -> Tag:
+        name = name or ("backward pass" if self.backward else "outside of any module")
         key = name, self.category
         if key not in self._tags:
-            shown = _INDEX.sub("*", name) or "outside of any module"
+            shown = _INDEX.sub("*", name)
             self._tags[key] = Tag(shown, self.category, "", "the model's own code", "exact")
         return self._tags[key]
 

@@ -64,14 +64,28 @@ def steps(run: Run, model: Any, ids: Any, parameters: list[Any], request: Reques
                 tracker.backward = False
         for p, h in zip(parameters, held, strict=True):
             h.grad = part(p.grad)
+        name(run, held, opt)
         timeline.mark("clipping")
         clip(held)
         timeline.mark("optimizer step")
         with fused_on_meta():
             opt.step()
+        name(run, held, opt)
         for p in (*parameters, *held):
             p.grad = None
     timeline.mark("end")
+
+
+def name(run: Run, parameters: list[Any], opt: Any) -> None:
+    """Say which tensors are gradients and which are the optimizer's, and how many bytes each are in all."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    states = [v for s in opt.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+    run.tracker.retag(grads, "gradients", "gradients")
+    run.tracker.retag(states, "optimizer", "optimizer states")
+    timeline = run.timeline
+    timeline.trainable_parameters = sum(p.numel() for p in parameters)
+    timeline.gradients_bytes = sum(g.numel() * g.element_size() for g in grads)
+    timeline.optimizer_bytes = sum(v.numel() * v.element_size() for v in states if v.device.type == "meta")
 
 
 def own(parameter: Any) -> Any:
