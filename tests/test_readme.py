@@ -96,7 +96,7 @@ def test_what_is_refused_is_refused_and_what_is_supported_is_not() -> None:
     """Every word of the table's columns, for the options that it has rows of; simulations are other tests' matter."""
 
     def ask(name: str, word: str) -> hfvram.Estimate:
-        options: dict[str, Any] = {name: word}
+        options: dict[str, Any] = {"method": "formula", name: word}
         return hfvram.estimate("gpt2", offline=True, **options)
 
     refused = 0

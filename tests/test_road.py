@@ -176,11 +176,11 @@ def unsupported() -> list[tuple[str, object]]:
 @pytest.mark.parametrize(("name", "value"), unsupported())
 def test_what_is_not_supported_is_a_usage_error(name: str, value: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(HfvramError) as raised:
-        hfvram.estimate("gpt2", offline=True, **{name: value})
+        hfvram.estimate("gpt2", offline=True, method="formula", **{name: value})
     assert raised.value.kind == "usage"
     flag = "--" + name.replace("_", "-")
     words = [flag] if value is True else [flag, ",".join(value) if isinstance(value, list) else str(value)]
-    assert main(["gpt2", "--offline", *words]) == 2
+    assert main(["gpt2", "--offline", "--method", "formula", *words]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert flag in err
