@@ -76,6 +76,23 @@ def test_every_new_token_is_a_pass() -> None:
     assert logits(6) - logits(5) == logits(5) - logits(4) > 0
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_long_generations_are_shortened_but_end_alike(kind: str, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TINY | {"model_type": kind, "sliding_window": 128}
+    short = run(config, ctx=256, new_tokens=100, cache=cache)
+    monkeypatch.setattr("hfvram.memory.exact.inference.FEW", 1000)
+    whole = run(config, ctx=256, new_tokens=100, cache=cache)
+    assert len(short.events) < len(whole.events) / 3
+    assert short.cache_bytes == whole.cache_bytes
+    assert replay(short).allocated_bytes == pytest.approx(replay(whole).allocated_bytes, rel=1e-3)
+
+
+def test_states_do_not_grow_over_a_long_generation() -> None:
+    config = {"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 512}
+    assert run(config, ctx=256, new_tokens=200).cache_bytes == run(config).cache_bytes
+
+
 def test_a_cache_that_is_switched_off_is_none() -> None:
     config = {"model_type": "mpt", "d_model": 64, "n_heads": 4, "n_layers": 2, "vocab_size": 512, "use_cache": False}
     assert run(config).cache_bytes == 0

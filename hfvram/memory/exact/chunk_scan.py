@@ -19,10 +19,12 @@ Tune = Callable[..., None]
 
 
 def fp32(like: Any, *shape: int) -> Any:
+    """An empty fp32 tensor where `like` is."""
     return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
 def alike(tensor: Any) -> Any:
+    """A contiguous gradient of this tensor, None for none."""
     return None if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
@@ -100,6 +102,7 @@ def backward_chunks(tune: Tune, x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any,
 
 
 def alike_in(tensor: Any, dtype: Any) -> Any:
+    """A contiguous tensor of this shape in another dtype."""
     return torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
 
 

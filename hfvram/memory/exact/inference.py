@@ -13,42 +13,71 @@ import torch
 from hfvram.memory.exact.run import Run
 from hfvram.request import Request
 
+FEW = 8
+"""So many passes are run at the start and at the end of a long generation."""
+
 
 def infer(run: Run, model: Any, request: Request) -> None:
     """One request without gradients: its events go into the run's timeline, with the cache that it returns."""
     model.eval()
     run.tracker.unpadded = not request.padding
-    ids = torch.empty((request.batch, request.ctx or 1), dtype=torch.long, device="meta")
+    given = inputs(run, model, request)
     hook = model.register_forward_hook(lambda _, args, out: note_cache(run, cache_of(out)))
     with run.on_cuda(model), torch.no_grad():
-        if request.phase == "generate":
-            cache = generate(run, model, ids, request)
+        if request.phase == "generate" and model.can_generate():
+            cache = generate(run, model, given, request)
         else:
             run.timeline.mark(request.phase or "")
-            ids = inputs(run, ids)
-            cache = once(model, ids, request)
+            cache = once(model, given, request)
     hook.remove()
     note_cache(run, cache)
 
 
-def generate(run: Run, model: Any, ids: Any, request: Request) -> Any:
-    """`model.generate` on all but the last `new_tokens` tokens of `ids`; returns the cache."""
+def generate(run: Run, model: Any, given: dict[str, Any], request: Request) -> Any:
+    """`model.generate` on all but the last `new_tokens` tokens; returns the cache.
+
+    Of many new tokens the first and the last are run; in between the cache grows at once.
+    """
     new = request.new_tokens or 1
-    ids = inputs(run, ids)
-    prompt = ids[:, : ids.shape[1] - new]
-    options: dict[str, Any] = {"cache_implementation": request.cache} if request.cache != "dynamic" else {}
+    ids: Any = given.get("input_ids")
+    if ids is not None:
+        given["input_ids"] = ids[:, : ids.shape[1] - new]
     run.timeline.mark("prefill")
-    forward_count(run, model, new)
+    skips = new > 2 * FEW and ids is not None and not model.config.is_encoder_decoder
+    options: dict[str, Any] = {"cache_implementation": request.cache} if request.cache != "dynamic" else {}
+    cache = passes(run, model, given | options, FEW if skips else new, new)
+    if not skips:
+        return cache
+    if cache is None:
+        return passes(run, model, {"input_ids": ids[:, :-1]}, 1, 1)
+    if not grow(cache, new - 2 * FEW):
+        return cache
+    return passes(run, model, {"input_ids": ids[:, :-FEW], "past_key_values": cache}, FEW, FEW)
+
+
+def passes(run: Run, model: Any, given: dict[str, Any], number: int, new: int) -> Any:
+    """`generate` ended after so many passes of the `new` that it is told; returns the cache."""
+    forward_count(run, model, number)
     out = model.generate(
-        prompt,
+        **given,
         max_new_tokens=new,
         min_new_tokens=new,
         do_sample=False,
         pad_token_id=0,
         return_dict_in_generate=True,
-        **options,
     )
     return cache_of(out)
+
+
+def grow(cache: Any, tokens: int) -> bool:
+    """Keys and values of so many tokens more, for each layer that keeps any; whether one does."""
+    grown = False
+    for number, layer in enumerate(cache.layers):
+        kept: list[Any] = [getattr(layer, name, None) for name in ("keys", "values")]
+        if all(isinstance(t, torch.Tensor) for t in kept):
+            cache.update(*[t.new_empty((*t.shape[:2], tokens, t.shape[3])) for t in kept], number)
+            grown = True
+    return grown
 
 
 def forward_count(run: Run, model: Any, new: int) -> None:
@@ -65,7 +94,7 @@ def forward_count(run: Run, model: Any, new: int) -> None:
     model._has_unfinished_sequences = unfinished
 
 
-def once(model: Any, ids: Any, request: Request) -> Any:
+def once(model: Any, given: dict[str, Any], request: Request) -> Any:
     """One forward pass: a prefill keeps its cache and the last token's logits, `encode` gives logits of every token."""
     takes = inspect.signature(model.forward).parameters
     options: dict[str, Any] = {}
@@ -73,21 +102,41 @@ def once(model: Any, ids: Any, request: Request) -> Any:
         options["use_cache"] = True
         if "logits_to_keep" in takes:
             options["logits_to_keep"] = 1
-    out = model(input_ids=ids, **options)
+    out = model(**given, **options)
     if request.phase != "prefill":
         return None
     return cache_of(out)
 
 
-def inputs(run: Run, ids: Any) -> Any:
-    """The token ids as they come to the GPU."""
+def inputs(run: Run, model: Any, request: Request) -> dict[str, Any]:
+    """What the model is given, as it comes to the GPU: tokens, or pictures or sound of the sizes of its configuration.
+
+    For sound, `ctx` counts the frames that come out of its convolutions, unless their number is fixed.
+    """
+    config, batch, ctx = model.config, request.batch, request.ctx or 1
+    shapes: dict[str, tuple[int, ...]] = {}
+    main = getattr(model, "main_input_name", "input_ids")
+    two_towers = hasattr(config, "vision_config") and hasattr(config, "text_config") and not model.can_generate()
+    if main == "pixel_values" or two_towers:
+        vision = getattr(config, "vision_config", config)
+        size = vision.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        shapes["pixel_values"] = (batch, getattr(vision, "num_channels", 3), height, width)
+    elif main == "input_values":
+        shapes[main] = (batch, ctx * getattr(config, "inputs_to_logits_ratio", 1))
+    elif main == "input_features" and hasattr(config, "num_mel_bins"):
+        shapes[main] = (batch, config.num_mel_bins, 2 * getattr(config, "max_source_positions", ctx))
     run.tracker.category = "inputs"
-    arrived = ids.clone()
+    with run.tracker:
+        given = {name: torch.empty(shape, dtype=model.dtype, device="meta") for name, shape in shapes.items()}
+        if two_towers or not given:
+            given["input_ids"] = torch.empty((batch, ctx), dtype=torch.long, device="meta")
     run.tracker.category = "activations"
-    return arrived
+    return given
 
 
 def cache_of(out: Any) -> Any:
+    """The cache in a model's output, under either of its names."""
     return getattr(out, "past_key_values", None) or getattr(out, "cache_params", None)
 
 

@@ -18,6 +18,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def round_up(size: int, step: int) -> int:
+    """The next multiple of `step`."""
     return -(-size // step) * step
 
 

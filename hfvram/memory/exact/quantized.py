@@ -24,6 +24,7 @@ ON_LOADING = "nf4", "fp4", "int8"
 
 
 def empty(*shape: int, dtype: Any = torch.float32) -> Any:
+    """An empty tensor on meta."""
     return torch.empty(shape, dtype=dtype, device="meta")
 
 

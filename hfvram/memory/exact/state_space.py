@@ -39,6 +39,7 @@ def tuner(timeline: Timeline) -> Tune:
 
 
 def last_contiguous(tensor: Any) -> Any:
+    """The tensor, copied where its last dimension does not lie together."""
     return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -116,6 +117,7 @@ def selective_scan(
     return_last_state: bool = False,
     **_: Any,
 ) -> Any:
+    """`selective_scan_fn`, with the last state where it is asked for."""
     out, last = SelectiveScan.apply(u, delta, A, B, C, D, z, delta_bias)
     return (out, last) if return_last_state else out
 
