@@ -139,12 +139,21 @@ def test_the_smallest_free_block_that_is_large_enough_serves() -> None:
     assert a.reserved == 172 * MiB
 
 
-def test_of_equal_blocks_the_lowest_address_serves() -> None:
+def test_of_equal_blocks_the_lowest_address_serves_and_segments_grow_downwards() -> None:
     a = ByHand()
     first, second = a.malloc(30 * MiB), a.malloc(30 * MiB)
-    a.free(second)
     a.free(first)
-    assert a.malloc(30 * MiB) is first
+    a.free(second)
+    assert a.malloc(30 * MiB) is second
+
+
+def test_within_a_segment_the_lowest_address_comes_first() -> None:
+    a = ByHand()
+    left, _, right, _ = (a.malloc(4 * MiB) for _ in range(4))
+    a.malloc(4 * MiB)  # the segment's last
+    a.free(right)
+    a.free(left)
+    assert a.malloc(4 * MiB)[1] == left[1]
 
 
 def test_neighbours_merge_on_both_sides() -> None:

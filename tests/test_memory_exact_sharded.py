@@ -73,7 +73,7 @@ def refusal(**options: Any) -> str:
 def test_the_peaks_of_an_h100(case: dict[str, Any]) -> None:
     peaks = replay(run(case["config"], **case["request"]))
     assert peaks.allocated_bytes == pytest.approx(case["measured"]["peak_allocated_bytes"], rel=1e-4)
-    assert peaks.reserved_bytes == pytest.approx(case["measured"]["peak_reserved_bytes"], rel=7e-4)
+    assert peaks.reserved_bytes == pytest.approx(case["measured"]["peak_reserved_bytes"], rel=1.5e-3)
 
 
 def test_there_are_measured_cases_of_each_kind() -> None:

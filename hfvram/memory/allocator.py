@@ -3,7 +3,9 @@
 Source: PyTorch 2.11, c10/cuda/CUDACachingAllocator.cpp with default settings (`kMinBlockSize` 512 B, `kSmallSize` and
 `kSmallBuffer` 1 and 2 MiB, `kLargeBuffer` 20 MiB, `kMinLargeAlloc` 10 MiB, `kRoundLarge` 2 MiB): sizes are rounded to
 512 B; the smallest free block that is large enough serves; it is split unless the remainder is small; free neighbours
-merge; a segment is never given back while there is room.
+merge; a segment is never given back while there is room. Of free blocks of one size the lowest address serves, and
+each segment lies below those before it: what cudaMalloc returns was not seen, but of some 40 measured cases in which
+that order decides, most come out to the byte so, and none of those did with segments that grow upwards.
 """
 
 from bisect import bisect_left, insort
@@ -79,8 +81,8 @@ class Allocator:
                     block[FREE] = False
                 else:
                     segment = segment_bytes(size)
+                    end -= segment
                     block = [segment, end, False, None, None, pool]
-                    end += segment
                     reserved += segment
                 rest = block[SIZE] - size
                 if rest > SMALL or (rest and small):
