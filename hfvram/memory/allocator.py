@@ -5,7 +5,7 @@ Source: PyTorch 2.11, c10/cuda/CUDACachingAllocator.cpp with default settings (`
 512 B; the smallest free block that is large enough serves; it is split unless the remainder is small; free neighbours
 merge; a segment is never given back while there is room. Of free blocks of one size the lowest address serves, and
 each segment lies below those before it: what cudaMalloc returns was not seen, but of some 40 measured cases in which
-that order decides, most come out to the byte so, and none of those did with segments that grow upwards.
+that order decides, most come out to the byte so, and few did with segments that grow upwards.
 """
 
 from bisect import bisect_left, insort
