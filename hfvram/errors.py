@@ -51,5 +51,5 @@ def printable(text: str, limit: int = 500) -> str:
     >>> printable("a\x1b[31m\nb")
     'a\\x1b[31m\\nb'
     """
-    clean = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    clean = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: limit + 1])
     return clean if len(clean) <= limit else clean[: limit - 1] + "…"

@@ -61,7 +61,6 @@ def test_a_generator_without_a_prompt_is_refused() -> None:
     assert "valid are 1 to 2047" in refusal(model(), new_tokens=3000)
 
 
-@pytest.mark.xfail(strict=True, reason="taken: a prompt of no tokens")
 def test_a_generator_without_a_prompt_at_one_token() -> None:
     refusal(model(), ctx=1, new_tokens=1)
 

@@ -66,7 +66,7 @@ def largest_batch(device_bytes: DeviceBytes, request: Request, capacity: int, mo
 def with_ctx(request: Request, ctx: int) -> Request:
     """The request at another context, with fewer new tokens where they would not fit in it."""
     new = request.new_tokens
-    return request.with_(ctx=ctx, new_tokens=new if new is None or new < ctx else max(1, ctx - 1))
+    return request.with_(ctx=ctx, new_tokens=new if new is None or new < ctx else ctx - 1 or None)
 
 
 def largest(taken: Callable[[int], int], capacity: int, start: int, most: int) -> int:

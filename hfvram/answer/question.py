@@ -20,6 +20,7 @@ from hfvram.model.bound import bound
 from hfvram.model.identify import Model, identify, identify_components, needs_headers
 from hfvram.model.infer import infer
 from hfvram.model.layers import Mamba1, Mamba2
+from hfvram.read import cache
 from hfvram.read.checkpoint import Checkpoint
 from hfvram.read.open import read_all_headers, read_checkpoint
 from hfvram.request import Request
@@ -53,7 +54,7 @@ class Session:
         if key not in self._models:
             try:
                 checkpoint = read_checkpoint(model, revision=revision, token=token, offline=offline, file=file)
-                self._models[key] = understand(checkpoint, request, token, offline)
+                self._models[key] = understood(checkpoint, request, token, offline)
             except HfvramError as error:
                 self._models[key] = error
         known = self._models[key]
@@ -73,6 +74,16 @@ def estimate(
 ) -> Estimate:
     """One question, one answer: `Session().estimate`."""
     return Session().estimate(model, request, revision=revision, token=token, offline=offline, file=file)
+
+
+def understood(checkpoint: Checkpoint, request: Request, token: str | None = None, offline: bool = False) -> Model:
+    """The model of a checkpoint; of one that can't be understood, nothing stays in the cache."""
+    try:
+        return understand(checkpoint, request, token, offline)
+    except HfvramError as error:
+        if checkpoint.commit and error.kind in ("bad_config", "bad_header", "unknown_architecture"):
+            cache.forget(checkpoint.id)
+        raise
 
 
 def understand(checkpoint: Checkpoint, request: Request, token: str | None = None, offline: bool = False) -> Model:

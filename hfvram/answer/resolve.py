@@ -28,8 +28,9 @@ def resolve(architecture: Architecture, request: Request) -> tuple[Request, list
     if phase == "encode" and request.cache == "static":
         raise HfvramError("usage", "--cache static goes with --phase generate")
     new = request.new_tokens or min(DEFAULT_NEW_TOKENS, ctx - 1)
-    if phase == "generate" and new >= ctx > 1:
-        raise HfvramError("usage", f"--new-tokens {new} leaves no prompt in --ctx {ctx}: valid are 1 to {ctx - 1}")
+    if phase == "generate" and (new >= ctx > 1 or (request.new_tokens and ctx == 1)):
+        valid = f"valid are 1 to {ctx - 1}" if ctx > 1 else "leave it out"
+        raise HfvramError("usage", f"--new-tokens {new} leaves no prompt in --ctx {ctx}: {valid}")
     dtype = architecture.dtype if request.dtype == "auto" else request.dtype
     own = architecture.quantization or "none"
     if own != "none" and request.quant not in ("auto", "none", own):

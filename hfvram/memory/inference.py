@@ -40,7 +40,7 @@ def generate(t: Timeline, architecture: Architecture, f: Forward, new_tokens: in
         forward(t, architecture, replace(f, tokens=prompt + steps), caches)
         return
     t.mark("decode")
-    for step in sorted({1, 2, steps} & set(range(1, steps + 1))):
+    for step in sorted(step for step in {1, 2, steps} if 1 <= step <= steps):
         forward(t, architecture, replace(f, tokens=1, past=prompt + step - 1), caches)
     _count_cache(t, caches)
 
@@ -258,6 +258,7 @@ def symbols(architecture: Architecture, f: Forward) -> dict[str, int]:
 
 
 def layer_width(layer: Layer) -> int:
+    """The hidden size of a layer, by the first of its parts."""
     part = layer.mixers[0] if layer.mixers else layer.feed_forward
     return part.hidden_size if part else 0
 

@@ -31,7 +31,7 @@ def generate(t: Timeline, architecture: Architecture, f: Forward, new_tokens: in
     caches = prefill(t, architecture, replace(f, static_length=steps if f.static_length else 0))
     source = replace(f, tokens=1, source=encoder.tokens or f.tokens, static_length=steps if f.static_length else 0)
     t.mark("decode")
-    for step in sorted({1, 2, steps - 1} & set(range(1, steps))):
+    for step in sorted(step for step in {1, 2, steps - 1} if 1 <= step < steps):
         forward(t, architecture, replace(source, past=step), caches)
     t.cache_bytes = sum(t.sizes[handle] for cache in caches for handle in cache)
 

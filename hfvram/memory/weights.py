@@ -7,6 +7,7 @@ from hfvram.memory.forward import ELEMENT_BYTES
 from hfvram.memory.timeline import Standing, Tag
 from hfvram.model.architecture import Architecture
 from hfvram.model.layers import Param
+from hfvram.model.patterns import chosen
 
 BNB = "bitsandbytes 0.49: functional.py quantize_4bit, int8_vectorwise_quant"
 WEIGHTS = Tag("weights", "weights", "P·e", "the model's own tensors", "exact")
@@ -41,22 +42,6 @@ def packed_bits(method: str) -> float | None:
         bits = int(found[1])
         return bits + (16 + bits) / GROUP if bits < 8 else bits + 16 / GROUP
     return None
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Whether a pattern of a quantization's exceptions names a module on the parameter's path: whole parts of it,
-    with `*` as a wildcard, or a regular expression after `re:`.
-
-    >>> matches("model.layers.0.mlp.gate.weight", "gate"), matches("model.layers.0.mlp.experts.gate_up_proj", "gate")
-    (True, False)
-    """
-    if pattern.startswith("re:"):
-        try:
-            return re.match(pattern[3:], name) is not None
-        except re.error:
-            return False
-    parts = re.escape(pattern).replace(r"\*", ".*")
-    return re.search(rf"(^|\.){parts}(\.|$)", name) is not None
 
 
 def param_bytes(param: Param, dtype: str, quant: str, double_quant: bool) -> tuple[tuple[int, Tag], ...]:
@@ -96,8 +81,9 @@ def standing(architecture: Architecture, dtype: str, quant: str, double_quant: b
         return Standing((*((n, STORED) for n in architecture.stored_sizes), *adapter))
     skipped = architecture.unquantized if quant == architecture.quantization else ()
     tensors: list[tuple[int, Tag]] = []
+    left_alone, kept_wide = chosen(skipped), chosen(architecture.fp32_in_fp16)
     for param in architecture.all_params:
-        left = any(matches(param.name, pattern) for pattern in skipped)
-        wide = dtype == "fp16" and any(matches(param.name, part) for part in architecture.fp32_in_fp16)
+        left = bool(skipped) and left_alone(param.name)
+        wide = dtype == "fp16" and kept_wide(param.name)
         tensors += param_bytes(param, "fp32" if wide else dtype, "none" if left else quant, double_quant)
     return Standing(tuple(tensors))

@@ -7,7 +7,7 @@ from hfvram.errors import HfvramError, printable
 
 MAX_SIZE = 1 << 24
 """No width, vocabulary or head count of a real model comes near this."""
-MAX_LAYERS = 4096
+MAX_LAYERS = 1024
 MAX_NUMBER = 1e12
 T = TypeVar("T")
 

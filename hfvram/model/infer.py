@@ -32,6 +32,8 @@ def infer(
     if not config.model_type:
         config = Config({**values, "model_type": model_type})
     architecture = read(config, class_name)
+    if not architecture.text.layers:
+        raise HfvramError("bad_config", f"config.json: this {printable(model_type, 60)} has no layers")
     quantization, unquantized = method(values)
     return replace(
         architecture,

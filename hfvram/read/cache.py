@@ -6,6 +6,7 @@ checksum tells a damaged one, which then counts as absent. A folder that can't b
 
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -51,6 +52,11 @@ def store(repo_id: str, name: str, value: Mapping[str, Any]) -> None:
             raise
     except OSError:
         pass
+
+
+def forget(repo_id: str) -> None:
+    """Drop what is kept of a repository: nothing of it was of use."""
+    shutil.rmtree(os.path.dirname(_path(repo_id, "any")), ignore_errors=True)
 
 
 def snapshot(repo_id: str, revision: str) -> tuple[str, str] | None:

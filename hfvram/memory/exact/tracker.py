@@ -56,7 +56,9 @@ def embedding_scratch_bytes(tokens: int, width: int, rows: int) -> tuple[int, ..
 
 
 class Tracker(TorchDispatchMode):  # type: ignore[misc]
-    """A dispatch mode that sees one device's storages: meta's, or for proof another's. `category` is what new storages are; `module` names what runs; `stream` is whose pool serves.
+    """A dispatch mode that sees one device's storages: meta's, or for proof another's.
+
+    `category` is what new storages are; `module` names what runs; `stream` is whose pool serves.
 
     Answers what meta tensors can't: whether a mask is all ones (`all`, or `sum() == numel()`) is whether the input is
     `unpadded`; more dimensions are activations, all finite; any other boolean is False and a number 0. So code that

@@ -1,6 +1,7 @@
 """Two training steps on the meta device: forward, backward, clipping, optimizer step, as a training loop runs them."""
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
@@ -8,8 +9,9 @@ from unittest.mock import patch
 import torch
 from torch.utils import checkpoint as torch_checkpoint
 
+from hfvram.errors import HfvramError
 from hfvram.memory.exact.kernels import CudaBehaviour
-from hfvram.memory.exact.optimizers import fused_on_meta, optimizer
+from hfvram.memory.exact.optimizers import fused_on_meta, optimizer, states
 from hfvram.memory.exact.run import Run
 from hfvram.request import Request
 
@@ -51,41 +53,77 @@ def steps(run: Run, model: Any, ids: Any, parameters: list[Any], request: Reques
     held = [own(p) for p in parameters]
     opt = optimizer(request.optimizer, held)
     autocast = request.mixed_precision != "no" and request.fsdp is None
+    scale = loss_scale(parameters) if autocast and request.mixed_precision == "fp16" else None
+    given = {"input_ids": ids} | ({"labels": ids} if takes_labels(model) else {})
     for _ in range(STEPS):
-        for missing in reversed(range(min(request.grad_accum, 2))):
+        for missing in reversed(range(min(request.grad_accum, 2))):  # later ones are as the second
             with unsynced(model) if missing else contextlib.nullcontext():
                 timeline.mark("forward")
                 with run.autocast.region(DTYPES.get(request.mixed_precision), autocast):
-                    out = model(input_ids=ids, labels=ids)
+                    out = model(**given)
+                    loss = loss_of(out)
+                    loss = loss if scale is None else loss * scale
+                name_saved(run)
                 timeline.mark("backward")
-                tracker.backward = True
-                torch.autograd.backward([out.loss])
-                del out
-                tracker.backward = False
+                tracker.backward, tracker.module = True, "activation gradients"
+                torch.autograd.backward([loss])
+                del out, loss
+                tracker.backward, tracker.module = False, ""
         for p, h in zip(parameters, held, strict=True):
             h.grad = part(p.grad)
         name(run, held, opt)
         timeline.mark("clipping")
+        tracker.module = "gradient clipping"
         clip(held)
         timeline.mark("optimizer step")
+        tracker.category, tracker.module = "optimizer", "temporaries of the optimizer step"
         with fused_on_meta():
             opt.step()
+        tracker.category, tracker.module = "activations", ""
         name(run, held, opt)
         for p in (*parameters, *held):
             p.grad = None
     timeline.mark("end")
 
 
+def takes_labels(model: Any) -> bool:
+    """Whether the model computes its own loss."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "labels" in inspect.signature(getattr(inner, "module", inner).forward).parameters
+
+
+def loss_of(out: Any) -> Any:
+    """The model's loss; of a model that has none, the sum of its first output."""
+    loss = getattr(out, "loss", None)
+    return out[0].sum() if loss is None else loss
+
+
+def loss_scale(parameters: list[Any]) -> Any:
+    """The scale of `GradScaler`, which refuses gradients in fp16. Raises `usage`."""
+    if any(p.dtype == torch.float16 for p in parameters):
+        raise HfvramError("usage", "--mixed-precision fp16 can't train fp16 weights: valid are --dtype fp32 and bf16")
+    return torch.full((), 65536.0, dtype=torch.float32, device="meta")
+
+
+def name_saved(run: Run) -> None:
+    """What the forward pass made and still stands is kept for the backward pass."""
+    tags = run.timeline.tags
+    for handle, _ in run.tracker.live.values():
+        if (tag := tags[handle]).category == "activations" and not tag.formula:
+            tags[handle] = tag._replace(formula="saved for the backward pass")
+
+
 def name(run: Run, parameters: list[Any], opt: Any) -> None:
     """Say which tensors are gradients and which are the optimizer's, and how many bytes each are in all."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    states = [v for s in opt.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+    kept = list(states(opt))
     run.tracker.retag(grads, "gradients", "gradients")
-    run.tracker.retag(states, "optimizer", "optimizer states")
+    for key, tensor in kept:
+        run.tracker.retag([tensor], "optimizer", f"optimizer states: {key}")
     timeline = run.timeline
     timeline.trainable_parameters = sum(p.numel() for p in parameters)
     timeline.gradients_bytes = sum(g.numel() * g.element_size() for g in grads)
-    timeline.optimizer_bytes = sum(v.numel() * v.element_size() for v in states if v.device.type == "meta")
+    timeline.optimizer_bytes = sum(v.numel() * v.element_size() for _, v in kept if v.device.type == "meta")
 
 
 def own(parameter: Any) -> Any:

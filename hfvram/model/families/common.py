@@ -84,6 +84,8 @@ def rotary(config: Config, head_dim: int, default_factor: float = 1.0) -> Rotary
     parameters = config.section("rope_parameters", "rope_scaling") or Config({})
     factor = parameters.number("partial_rotary_factor", default=0.0)
     factor = factor or config.number("partial_rotary_factor", "rotary_pct", default=default_factor)
+    if not 0 < factor <= 1:
+        raise HfvramError("bad_config", f"config.json: partial_rotary_factor is {factor}, not between 0 and 1")
     return Rotary(dim=int(head_dim * factor))
 
 

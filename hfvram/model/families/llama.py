@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+from hfvram.errors import HfvramError, printable
 from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.config import Config
 from hfvram.model.families import blocks
@@ -28,7 +29,7 @@ def read(config: Config, class_name: str | None) -> Architecture:
 
 def decoder(config: Config, class_name: str, text: Stack) -> Architecture:
     """A text model of one stack, with the head of its class."""
-    style = STYLES[config.model_type]
+    style = style_of(config)
     hidden, vocab = config.size("hidden_size"), config.size("vocab_size")
     head, tied, _ = causal_head(config, class_name, hidden, vocab, flag(config, style.head_bias))
     return Architecture(
@@ -48,10 +49,18 @@ def decoder(config: Config, class_name: str, text: Stack) -> Architecture:
     )
 
 
+def style_of(config: Config) -> Style:
+    """How the configuration's type differs from Llama. Raises `unknown_architecture` for one that is no such decoder."""
+    if (style := STYLES.get(config.model_type)) is None:
+        message = f"the text model type {printable(config.model_type, 60)!r} is not known here"
+        raise HfvramError("unknown_architecture", message)
+    return style
+
+
 def stack(config: Config, prefix: str, feed: Feed | None = None, attend: Attend | None = None) -> Stack:
     """The text stack under `prefix`; `feed` and `attend` build its feed-forwards and its attention where they are not
     the family's dense ones."""
-    style = STYLES[config.model_type]
+    style = style_of(config)
     hidden, vocab = config.size("hidden_size"), config.size("vocab_size")
     layers = config.layers("num_hidden_layers")
     listed = rope_layers(config, layers) if style.rope_on == "listed" else []
