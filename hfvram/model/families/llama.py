@@ -50,7 +50,7 @@ def decoder(config: Config, class_name: str, text: Stack) -> Architecture:
 
 
 def style_of(config: Config) -> Style:
-    """How the configuration's type differs from Llama. Raises `unknown_architecture` for one that is no such decoder."""
+    """How the configuration's type differs from Llama. Raises `unknown_architecture` where it is no such decoder."""
     if (style := STYLES.get(config.model_type)) is None:
         message = f"the text model type {printable(config.model_type, 60)!r} is not known here"
         raise HfvramError("unknown_architecture", message)
