@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 from unittest.mock import patch
 
@@ -13,10 +13,13 @@ from hfvram.errors import HfvramError
 from hfvram.memory.exact.kernels import CudaBehaviour
 from hfvram.memory.exact.optimizers import fused_on_meta, optimizer, states
 from hfvram.memory.exact.run import Run
+from hfvram.memory.timeline import Tag
 from hfvram.request import Request
 
 STEPS = 2
 """The first step makes the optimizer's states, the second has them from its start."""
+ACTIVATION_GRADIENTS = "gradients of activations"
+NO_MODULE = (ACTIVATION_GRADIENTS, "kernel scratch")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -63,12 +66,14 @@ def steps(run: Run, model: Any, ids: Any, parameters: list[Any], request: Reques
                     out = model(**given)
                     loss = loss_of(out)
                     loss = loss if scale is None else loss * scale
-                name_saved(run)
+                label(run, (handle for handle, _ in tracker.live.values()), "saved activations")
                 timeline.mark("backward")
-                tracker.backward, tracker.module = True, "activation gradients"
+                before = len(timeline.sizes)
+                tracker.backward, tracker.module = True, ACTIVATION_GRADIENTS
                 torch.autograd.backward([loss])
                 del out, loss
                 tracker.backward, tracker.module = False, ""
+                label(run, range(before, len(timeline.sizes)), "recomputed")
         for p, h in zip(parameters, held, strict=True):
             h.grad = part(p.grad)
         name(run, held, opt)
@@ -105,12 +110,15 @@ def loss_scale(parameters: list[Any]) -> Any:
     return torch.full((), 65536.0, dtype=torch.float32, device="meta")
 
 
-def name_saved(run: Run) -> None:
-    """What the forward pass made and still stands is kept for the backward pass."""
-    tags = run.timeline.tags
-    for handle, _ in run.tracker.live.values():
-        if (tag := tags[handle]).category == "activations" and not tag.formula:
-            tags[handle] = tag._replace(formula="saved for the backward pass")
+def label(run: Run, handles: Iterable[int], what: str) -> None:
+    """Add to the names of these activations what they are."""
+    tags, labelled = run.timeline.tags, dict[Tag, Tag]()
+    for handle in handles:
+        tag = tags[handle]
+        if tag.category == "activations" and not tag.name.endswith((")", *NO_MODULE)):
+            if tag not in labelled:
+                labelled[tag] = tag._replace(name=f"{tag.name} ({what})")
+            tags[handle] = labelled[tag]
 
 
 def name(run: Run, parameters: list[Any], opt: Any) -> None:
