@@ -14,7 +14,7 @@ from hfvram.answer.resolve import resolve
 from hfvram.answer.supported import check
 from hfvram.errors import HfvramError
 from hfvram.memory.allocator import replay
-from hfvram.memory.device import device_bytes
+from hfvram.memory.device import device_bytes, kernels_bytes
 from hfvram.memory.formula import timeline
 from hfvram.model.bound import bound
 from hfvram.model.identify import Model, identify, identify_components, needs_headers
@@ -170,7 +170,8 @@ def _simulated(model: Model, request: Request, notes: list[str]) -> Estimate:
     from hfvram.answer.simulated import simulated, versions
 
     found = simulated(model, request)
-    device = device_bytes(found.reserved_bytes)
+    kernels = kernels_bytes(request.mode, request.fsdp is not None)
+    device = device_bytes(found.reserved_bytes + found.managed_bytes, kernels)
     estimate = _estimate(model, request, found.items, found.allocated_bytes, found.phase, notes)
     return replace(
         estimate,

@@ -35,6 +35,7 @@ class Simulated:
     cache_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
+    managed_bytes: int
     trainable_parameters: int
 
 
@@ -55,6 +56,7 @@ def simulated(model: Model, request: Request) -> Simulated:
         cache_bytes=timeline.cache_bytes,
         gradients_bytes=timeline.gradients_bytes,
         optimizer_bytes=timeline.optimizer_bytes,
+        managed_bytes=timeline.managed_bytes,
         trainable_parameters=timeline.trainable_parameters,
     )
     values = {name: getattr(found, name) for name in found.__slots__}

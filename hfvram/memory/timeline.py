@@ -47,6 +47,7 @@ class Timeline:
         "cache_bytes",
         "events",
         "gradients_bytes",
+        "managed_bytes",
         "marks",
         "optimizer_bytes",
         "restarts",
@@ -75,6 +76,8 @@ class Timeline:
         """Triton kernels that were launched already, by what their autotuner looks at."""
         self.gradients_bytes = self.optimizer_bytes = self.trainable_parameters = 0
         """Of training: all gradients and optimizer states in raw sizes, and the parameters that they are of."""
+        self.managed_bytes = 0
+        """Optimizer states in CUDA's managed memory: on the device while there is room, but not the allocator's."""
         self.cache_bytes = 0
         """The whole cache once the request is done, in raw sizes."""
 

@@ -1,7 +1,8 @@
-"""Optimizers on meta: PyTorch's and transformers' own code where it runs there, bitsandbytes' by its storages."""
+"""Optimizers on meta: PyTorch's and transformers' own code where it runs there, others by what they keep and make."""
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
@@ -9,12 +10,16 @@ import torch
 
 from hfvram.errors import HfvramError
 
+BLOCK = 256
+SMALL = 4096
+PAGED = 100_000
 
-class EightBit:
-    """bitsandbytes' blockwise 8-bit optimizers: a byte a state and value, an fp32 scale for each 256 of them.
 
-    Tensors below 4,096 values keep fp32 states. Paged states of 100,000 values and more are managed memory, which the
-    allocator does not serve. Source: bitsandbytes 0.49, optim/optimizer.py `get_state_buffer`, `Optimizer2State`.
+class BitsAndBytes:
+    """bitsandbytes' blockwise optimizers: a byte for a state of a value, and an fp32 scale for each 256 of them.
+
+    Tensors below 4,096 values keep fp32 states. Paged states of 100,000 values and more are managed memory, which
+    PyTorch's allocator does not serve. Source: bitsandbytes 0.49, optim/optimizer.py, `init_state`.
     """
 
     def __init__(self, parameters: list[Any], states: int, bits: int = 8, paged: bool = False) -> None:
@@ -24,74 +29,179 @@ class EightBit:
         self.paged = paged
         self.state: dict[Any, dict[str, Any]] = {}
         self.maps: dict[str, Any] = {}
+        self.managed_bytes = 0
 
     def step(self) -> None:
-        if not self.state and self.bits == 8:
-            self.maps = {f"quantization map {i + 1}": _fp32((256,)) for i in range(2)}
+        if not self.maps and self.bits == 8:
+            self.maps = {f"quantization map {i + 1}": _fp32(BLOCK) for i in range(2)}
         for p in self.parameters:
             if p.grad is not None and p not in self.state:
                 self.state[p] = dict(self._states(p))
 
     def _states(self, p: Any) -> Iterator[tuple[str, Any]]:
-        small = p.numel() < 4096
+        quantized = self.bits == 8 and p.numel() >= SMALL
         for i in range(self.states):
-            if self.paged and p.numel() >= 100_000:
-                continue
-            dtype = torch.uint8 if self.bits == 8 and not small else torch.float32
-            yield f"state {i + 1}", torch.zeros(p.shape, dtype=dtype, device=p.device)
-        if self.bits == 8 and not small:
-            for i in range(self.states):
-                yield f"scales of state {i + 1}", _fp32((-(-p.numel() // 256),))
+            if self.paged and p.numel() >= PAGED:
+                self.managed_bytes += p.numel() * (1 if quantized else 4)
+            else:
+                dtype = torch.uint8 if quantized else torch.float32
+                yield f"state {i + 1}", torch.zeros(p.shape, dtype=dtype, device=p.device)
+        for i in range(self.states if quantized else 0):
+            yield f"scales of state {i + 1}", _fp32(-(-p.numel() // BLOCK))
 
 
-def _fp32(shape: tuple[int, ...]) -> Any:
+class LowRank:
+    """GaLore and APOLLO: AdamW's states of gradients that are projected to `rank` along their shorter side.
+
+    The projection is an SVD's (GaLore) or random (APOLLO); parameters that are no linear layer's have plain AdamW.
+    Source: galore_torch 1.0, galore_projector.py and adamw.py; apollo_torch 1.0, apollo.py.
+    """
+
+    def __init__(self, linear: list[Any], others: list[Any], rank: int, svd: bool) -> None:
+        self.linear = linear
+        self.rank = rank
+        self.svd = svd
+        self.rest = torch.optim.AdamW(others, foreach=False) if others else None
+        self.own: dict[Any, dict[str, Any]] = {}
+
+    @property
+    def state(self) -> dict[Any, dict[str, Any]]:
+        return self.own | (dict(self.rest.state) if self.rest else {})
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def step(self) -> None:
+        for p in self.linear:
+            if p.grad is not None:
+                self._step(p, self.own.setdefault(p, {}))
+        if self.rest:
+            self.rest.step()
+
+    def _step(self, p: Any, state: dict[str, Any]) -> None:
+        grad, (rows, columns) = p.grad, p.shape
+        right, rank = rows >= columns, min(self.rank, *p.shape)
+        if "projection" not in state:
+            state["projection"] = self._projection(grad, rank, right)
+        basis = state["projection"]
+        low = torch.matmul(grad, basis.t()) if right else torch.matmul(basis.t(), grad)
+        if "exp_avg" not in state:
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(low), torch.zeros_like(low)
+        state["exp_avg"].mul_(0.9).add_(low, alpha=0.1)
+        state["exp_avg_sq"].mul_(0.999).addcmul_(low, low, value=0.001)
+        step = state["exp_avg"] / state["exp_avg_sq"].sqrt().add_(1e-8)
+        if self.svd:
+            full = torch.matmul(step, basis) if right else torch.matmul(basis, step)
+            p.add_(full * 0.25)
+        else:
+            side = 1 if right else 0
+            scale = step.norm(dim=side) / (low.norm(dim=side) + 1e-8)
+            p.add_(grad * (scale.unsqueeze(side)))
+
+    def _projection(self, grad: Any, rank: int, right: bool) -> Any:
+        rows, columns = grad.shape
+        if not self.svd:
+            return torch.empty((rank, columns) if right else (rows, rank), dtype=grad.dtype, device=grad.device)
+        u, _, vh = torch.linalg.svd(grad.float(), full_matrices=False)
+        return (vh[:rank] if right else u[:, :rank]).to(grad.dtype, copy=True)
+
+
+@dataclass
+class Muon:
+    """PyTorch's Muon for the linear layers, its fused AdamW for the rest."""
+
+    parts: list[Any]
+
+    @property
+    def state(self) -> dict[Any, Any]:
+        return {p: s for part in self.parts for p, s in part.state.items()}
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+
+def _fp32(*shape: int) -> Any:
     return torch.zeros(shape, dtype=torch.float32, device="meta")
 
 
-def _adafactor(parameters: list[Any]) -> Any:
+def _adafactor(parameters: list[Any], linear: list[bool]) -> Any:
     from transformers.optimization import Adafactor
 
-    return Adafactor(parameters, lr=1e-6, relative_step=False, scale_parameter=False)
+    return Adafactor(parameters, lr=1e-3, relative_step=False, scale_parameter=False)
 
 
-OPTIMIZERS: dict[str, Callable[[list[Any]], Any]] = {
-    "adamw_torch_fused": lambda p: torch.optim.AdamW(p, fused=True),
-    "adamw_torch": lambda p: torch.optim.AdamW(p, foreach=True),
-    "adamw_torch_loop": lambda p: torch.optim.AdamW(p, foreach=False, fused=False),
-    "sgd": lambda p: torch.optim.SGD(p, lr=1e-3, foreach=True),
-    "sgd_momentum": lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9, foreach=True),
-    "adagrad": lambda p: torch.optim.Adagrad(p, foreach=True),
-    "rmsprop": lambda p: torch.optim.RMSprop(p, foreach=True),
+def _muon(parameters: list[Any], linear: list[bool]) -> Any:
+    inner, rest = _split(parameters, linear)
+    parts = [torch.optim.Muon(inner)] if inner else []
+    return Muon(parts + ([torch.optim.AdamW(rest, fused=True)] if rest else []))
+
+
+def _split(parameters: list[Any], linear: list[bool]) -> tuple[list[Any], list[Any]]:
+    pairs = list(zip(parameters, linear, strict=True))
+    return [p for p, inner in pairs if inner], [p for p, inner in pairs if not inner]
+
+
+def _torch(name: str, **options: Any) -> Callable[[list[Any], list[bool]], Any]:
+    return lambda parameters, _: getattr(torch.optim, name)(parameters, lr=1e-3, **options)
+
+
+def _bnb(states: int, bits: int = 8, paged: bool = False) -> Callable[[list[Any], list[bool]], Any]:
+    return lambda parameters, _: BitsAndBytes(parameters, states, bits, paged)
+
+
+def _low_rank(rank: int, svd: bool) -> Callable[[list[Any], list[bool]], Any]:
+    return lambda parameters, linear: LowRank(*_split(parameters, linear), rank, svd)
+
+
+OPTIMIZERS: dict[str, Callable[[list[Any], list[bool]], Any]] = {
+    "adamw_torch_fused": _torch("AdamW", fused=True),
+    "adamw_torch": _torch("AdamW", foreach=True),
+    "adamw_torch_loop": _torch("AdamW", foreach=False, fused=False),
+    "sgd": _torch("SGD", foreach=True),
+    "sgd_momentum": _torch("SGD", momentum=0.9, foreach=True),
+    "adagrad": _torch("Adagrad", foreach=True),
+    "rmsprop": _torch("RMSprop", foreach=True),
     "adafactor": _adafactor,
-    "adamw_8bit": lambda p: EightBit(p, states=2),
-    "adamw_bnb_8bit": lambda p: EightBit(p, states=2),
-    "paged_adamw_8bit": lambda p: EightBit(p, states=2, paged=True),
-    "paged_adamw_32bit": lambda p: EightBit(p, states=2, bits=32, paged=True),
-    "lion_32bit": lambda p: EightBit(p, states=1, bits=32),
-    "lion_8bit": lambda p: EightBit(p, states=1),
-    "paged_lion_8bit": lambda p: EightBit(p, states=1, paged=True),
-    "paged_lion_32bit": lambda p: EightBit(p, states=1, bits=32, paged=True),
+    "adamw_8bit": _bnb(2),
+    "adamw_bnb_8bit": _bnb(2),
+    "paged_adamw_8bit": _bnb(2, paged=True),
+    "paged_adamw_32bit": _bnb(2, 32, paged=True),
+    "ademamix": _bnb(3, 32),
+    "ademamix_8bit": _bnb(3),
+    "paged_ademamix_32bit": _bnb(3, 32, paged=True),
+    "paged_ademamix_8bit": _bnb(3, paged=True),
+    "lion": _bnb(1, 32),
+    "lion_32bit": _bnb(1, 32),
+    "lion_8bit": _bnb(1),
+    "paged_lion_32bit": _bnb(1, 32, paged=True),
+    "paged_lion_8bit": _bnb(1, paged=True),
+    "rmsprop_bnb": _bnb(1, 32),
+    "rmsprop_bnb_32bit": _bnb(1, 32),
+    "rmsprop_bnb_8bit": _bnb(1),
+    "galore_adamw": _low_rank(128, svd=True),
+    "apollo_adamw": _low_rank(256, svd=False),
+    "muon": _muon,
 }
+"""transformers' names, and `adamw_torch_loop`, `sgd_momentum`, `lion`, `muon`; `answer.supported` names the same."""
 
 
-def optimizer(name: str, parameters: list[Any]) -> Any:
-    """The optimizer of this name over these parameters: `step()`, and `state` once it has stepped. Raises `usage`."""
+def optimizer(name: str, parameters: list[Any], linear: list[bool] | None = None) -> Any:
+    """The optimizer over these parameters: `step()`, and `state` once it has stepped. `linear` says which of them are
+    weights of linear layers, the head's left out. Raises `usage` for a name that is unknown."""
     if name not in OPTIMIZERS:
-        valid = ", ".join(OPTIMIZERS)
-        raise HfvramError("usage", f"--optimizer {name} is unknown: valid are {valid}")
+        raise HfvramError("usage", f"--optimizer {name} is unknown: valid are {', '.join(OPTIMIZERS)}")
     with fused_on_meta():
-        return OPTIMIZERS[name](parameters)
+        return OPTIMIZERS[name](parameters, linear or [False] * len(parameters))
 
 
 @contextlib.contextmanager
 def fused_on_meta() -> Iterator[None]:
     """PyTorch's fused optimizers have meta kernels, but refuse parameters on meta."""
-    with patch("torch.optim.optimizer._get_fused_kernels_supported_devices", lambda: ["meta", "cpu"]):
+    with patch("torch.optim.optimizer._get_fused_kernels_supported_devices", lambda: ["meta", "cpu", "cuda"]):
         yield
 
 
 def states(optimizer: Any) -> Iterator[tuple[str, Any]]:
-    """Every tensor that the optimizer keeps, with its name."""
+    """Every tensor that the optimizer keeps on the device, with its name."""
     for kept in (*optimizer.state.values(), getattr(optimizer, "maps", {})):
         for name, value in kept.items():
             if isinstance(value, torch.Tensor):

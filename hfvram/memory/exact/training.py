@@ -54,7 +54,7 @@ def steps(run: Run, model: Any, ids: Any, parameters: list[Any], request: Reques
     """Forward, backward and update, twice. FSDP has a precision of its own, and needs no autocast."""
     tracker, timeline = run.tracker, run.timeline
     held = [own(p) for p in parameters]
-    opt = optimizer(request.optimizer, held)
+    opt = optimizer(request.optimizer, held, linear(model, parameters))
     autocast = request.mixed_precision != "no" and request.fsdp is None
     scale = loss_scale(parameters) if autocast and request.mixed_precision == "fp16" else None
     given = {"input_ids": ids} | ({"labels": ids} if takes_labels(model) else {})
@@ -89,6 +89,14 @@ def steps(run: Run, model: Any, ids: Any, parameters: list[Any], request: Reques
         for p in (*parameters, *held):
             p.grad = None
     timeline.mark("end")
+
+
+def linear(model: Any, parameters: list[Any]) -> list[bool]:
+    """Which parameters are weights of linear layers, the head's left out: those that Muon, GaLore and APOLLO treat."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "module", model)
+    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    weights = {id(m.weight) for m in inner.modules() if isinstance(m, torch.nn.Linear) and m is not head}
+    return [id(p) in weights and p.dim() == 2 for p in parameters]
 
 
 def takes_labels(model: Any) -> bool:
@@ -131,7 +139,9 @@ def name(run: Run, parameters: list[Any], opt: Any) -> None:
     timeline = run.timeline
     timeline.trainable_parameters = sum(p.numel() for p in parameters)
     timeline.gradients_bytes = sum(g.numel() * g.element_size() for g in grads)
-    timeline.optimizer_bytes = sum(v.numel() * v.element_size() for _, v in kept if v.device.type == "meta")
+    timeline.managed_bytes = getattr(opt, "managed_bytes", 0)
+    own_bytes = sum(v.numel() * v.element_size() for _, v in kept if v.device.type == "meta")
+    timeline.optimizer_bytes = own_bytes + timeline.managed_bytes
 
 
 def own(parameter: Any) -> Any:
