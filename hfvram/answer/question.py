@@ -15,7 +15,7 @@ from hfvram.answer.supported import check
 from hfvram.errors import HfvramError
 from hfvram.memory.allocator import replay
 from hfvram.memory.device import device_bytes, kernels_bytes
-from hfvram.memory.formula import timeline
+from hfvram.memory.formula import mask_bytes, timeline
 from hfvram.model.bound import bound
 from hfvram.model.identify import Model, identify, identify_components, needs_headers
 from hfvram.model.infer import infer
@@ -236,8 +236,8 @@ def _assumptions(model: Model, found: Estimate) -> list[str]:
         return other - sum(i.bytes for i in found.items if i.category != "rounding")
 
     said = []
-    if request.batch > 1 and not request.padding and request.phase == "generate" and (more := added(padding=True)) > 0:
-        said.append(f"sequences of unequal length would add {gib(more)} for their padding mask (--padding)")
+    if request.batch > 1 and not request.padding and (more := mask_bytes(model.architecture, request)):
+        said.append(f"sequences of unequal length would add up to {gib(more)} for their padding mask (--padding)")
     if any(isinstance(m, (Mamba1, Mamba2)) for layer in model.architecture.text.layers for m in layer.mixers):
         other, words = ("fallback", "without") if request.kernels == "fused" else ("fused", "with")
         total = gib(found.device_bytes + added(kernels=other))

@@ -1,11 +1,26 @@
 """The formula engine: an architecture and a request → the timeline, in milliseconds and without torch."""
 
 from hfvram.memory import inference, seq2seq
-from hfvram.memory.forward import Forward
+from hfvram.memory.forward import ELEMENT_BYTES, Forward
 from hfvram.memory.timeline import Timeline
 from hfvram.memory.weights import standing
 from hfvram.model.architecture import Architecture
 from hfvram.request import Request
+
+
+def mask_bytes(architecture: Architecture, request: Request) -> int:
+    """The most that a padding mask adds to a prefill with SDPA: b·s·s booleans, the same as a bias (rows padded to a
+    multiple of 8) in one layer at a time, and its keys and values repeated for every head. `--padding` is exact.
+
+    Source: transformers 5.17, integrations/sdpa_attention.py; measured (fixtures/measured, cases with padding).
+    """
+    part = architecture.attention
+    if part is None or request.phase != "generate" or request.attention != "sdpa":
+        return 0
+    tokens = (request.ctx or 1) - (request.new_tokens or 0)
+    e, square = ELEMENT_BYTES[request.dtype], request.batch * tokens
+    repeated = 0 if part.heads == part.kv_heads else part.heads * (part.head_dim + part.value_dim) * square * e
+    return square * tokens + square * -(-tokens // 8) * 8 * e + repeated
 
 
 def timeline(architecture: Architecture, request: Request) -> Timeline:

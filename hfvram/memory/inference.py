@@ -31,7 +31,7 @@ CUBLAS_BYTES = 32 << 20
 def generate(t: Timeline, architecture: Architecture, f: Forward, new_tokens: int) -> None:
     """Prefill of `f.tokens` tokens a sequence, then `new_tokens` − 1 steps of one token each.
 
-    Of the steps, the first two and the last are written: between them the cache only grows.
+    Of the steps, the first and the last are written: between them the cache only grows.
     """
     prompt, steps = f.tokens, new_tokens - 1
     f = replace(f, use_cache=architecture.generates_cache)
@@ -40,7 +40,7 @@ def generate(t: Timeline, architecture: Architecture, f: Forward, new_tokens: in
         forward(t, architecture, replace(f, tokens=prompt + steps), caches)
         return
     t.mark("decode")
-    for step in sorted(step for step in {1, 2, steps} if 1 <= step <= steps):
+    for step in sorted(step for step in {1, steps} if 1 <= step <= steps):
         forward(t, architecture, replace(f, tokens=1, past=prompt + step - 1), caches)
     _count_cache(t, caches)
 
