@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hfvram.answer.fit import judge, largest
+from hfvram.answer.fit import MOST_RUNS, judge, largest
 from hfvram.answer.gpus import Gpu
 from hfvram.errors import HfvramError
 from hfvram.request import Request
@@ -123,3 +123,23 @@ def test_largest_is_exact_and_takes_few_evaluations(
 def test_a_request_without_ctx_is_the_callers_mistake() -> None:
     with pytest.raises(ValueError, match="ctx"):
         judge(straight, Request(), gpu(1))
+
+
+def test_ways_to_train_are_few_runs_the_mildest_first() -> None:
+    asked: list[Request] = []
+
+    def needed(r: Request) -> int:
+        asked.append(r)
+        full = {"train": 80, "lora": 30, "qlora": 20}[r.mode]
+        return full - 10 * r.gradient_checkpointing - 20 * (r.optimizer == "adamw_8bit" and r.mode == "train")
+
+    request = Request(mode="train", ctx=4096)
+    fit = judge(needed, request, Gpu("48", 48), max_positions=8192)
+    assert [way.change for way in fit.ways] == ["--mode lora", "--mode qlora"]
+    assert (fit.max_ctx, fit.max_batch) == (None, None)  # each step of a search would take seconds
+    assert len(asked) <= 1 + MOST_RUNS
+    assert asked[1:4] == [
+        request.with_(gradient_checkpointing=True),
+        request.with_(optimizer="adamw_8bit"),
+        request.with_(gradient_checkpointing=True, optimizer="adamw_8bit"),
+    ]

@@ -21,6 +21,9 @@ LEAST_CTX = 256
 
 MOST_WAYS = 6
 
+MOST_RUNS = 8
+"""Of a model's own code in search of ways to train it: each takes seconds, so the mildest changes come first."""
+
 
 Change = Callable[[Request], Request]
 
@@ -28,7 +31,8 @@ Change = Callable[[Request], Request]
 def judge(device_bytes: DeviceBytes, request: Request, gpu: Gpu, *, max_positions: int | None = None) -> Fit:
     """Whether `request`, whose `ctx` is known, fits `gpu`, and the limits: with all else as asked, `max_ctx` is the
     largest context that fits, up to the model's own limit `max_positions` (or to `ctx` if that is beyond it), and
-    `max_batch` the largest batch; 0 where not even one fits. When it does not fit, `ways` says what would make it fit.
+    `max_batch` the largest batch; 0 where not even one fits; for training, where each step of the search takes seconds,
+    only if asked for. When it does not fit, `ways` says what would make it fit.
     """
     if request.ctx is None:
         raise ValueError("judge needs a request whose ctx is resolved")
@@ -42,13 +46,14 @@ def judge(device_bytes: DeviceBytes, request: Request, gpu: Gpu, *, max_position
     needed, capacity = measured(request), gpu.memory_bytes
     longest = max(request.ctx, max_positions) if max_positions else LIMIT
     fits = needed <= capacity
+    searched = request.mode == "inference"
     return Fit(
         gpu=gpu.name,
         capacity_bytes=capacity,
         fits=fits,
         headroom_bytes=capacity - needed,
-        max_ctx=largest_ctx(measured, request, capacity, longest),
-        max_batch=largest_batch(measured, request, capacity),
+        max_ctx=largest_ctx(measured, request, capacity, longest) if searched or request.max_ctx else None,
+        max_batch=largest_batch(measured, request, capacity) if searched or request.max_batch else None,
         ways=() if fits else ways(measured, request, capacity),
     )
 
@@ -98,23 +103,48 @@ def largest(taken: Callable[[int], int], capacity: int, start: int, most: int) -
 
 def ways(device_bytes: DeviceBytes, request: Request, capacity: int) -> tuple[Way, ...]:
     """Changes, and pairs of changes where neither alone is enough, with which `request` fits; the mildest first."""
-    singles = changes(device_bytes, request, capacity)
+    training = request.mode != "inference"
+    singles = training_changes(request) if training else changes(device_bytes, request, capacity)
+    tried = [parts for count in (1, 2) for parts in combinations(singles, count)]
+    if training:
+        tried.sort(key=lambda parts: cost(request, reduce(lambda r, change: change(r), parts, request)))
     enough: set[Change] = set()
     found: dict[Request, Way] = {}
-    for count in (1, 2):
-        for parts in combinations(singles, count):
-            if enough.intersection(parts):
+    seen: set[Request] = set()
+    for parts in tried:
+        if enough.intersection(parts) or (training and len(seen) == MOST_RUNS):
+            continue
+        try:
+            changed = reduce(lambda r, change: change(r), parts, request)
+            if changed in seen:
                 continue
-            try:
-                changed = reduce(lambda r, change: change(r), parts, request)
-                taken = device_bytes(changed)
-            except HfvramError:
-                continue
-            if taken <= capacity:
-                found.setdefault(changed, Way(change=difference(request, changed), device_bytes=taken))
-                if count == 1:
-                    enough.update(parts)
+            seen.add(changed)
+            taken = device_bytes(changed)
+        except HfvramError:
+            continue
+        if taken <= capacity:
+            found.setdefault(changed, Way(change=difference(request, changed), device_bytes=taken))
+            if len(parts) == 1:
+                enough.update(parts)
     return tuple(way for _, way in sorted(found.items(), key=lambda f: cost(request, f[0]))[:MOST_WAYS])
+
+
+def training_changes(request: Request) -> list[Change]:
+    """What could be changed about a training request, each by a fixed step, without a search."""
+    found: list[Change] = []
+    if not request.gradient_checkpointing:
+        found.append(lambda r: r.with_(gradient_checkpointing=True))
+    if request.mode == "train" and request.optimizer.startswith("adamw_torch"):
+        found.append(lambda r: r.with_(optimizer="adamw_8bit"))
+    if request.batch > 1:
+        found.append(lambda r: r.with_(batch=max(1, r.batch // 4)))
+    if request.mode == "train":
+        found.append(lambda r: r.with_(mode="lora", optimizer=request.optimizer))
+    if request.mode in ("train", "lora") and request.quant in ("auto", "none"):
+        found.append(lambda r: r.with_(mode="qlora", optimizer=request.optimizer))
+    if (request.ctx or 0) > LEAST_CTX:
+        found.append(lambda r: with_ctx(r, max(LEAST_CTX, (r.ctx or 0) // 4)))
+    return found
 
 
 def changes(device_bytes: DeviceBytes, request: Request, capacity: int) -> list[Change]:
@@ -145,7 +175,10 @@ def cost(asked: Request, changed: Request) -> float:
     price = log2((asked.ctx or 1) / (changed.ctx or 1)) + log2(asked.batch / changed.batch) / 2
     if asked.quant != changed.quant:
         price += {"int8": 1.0, "nf4": 1.5}[changed.quant]
-    return price + 0.5 * (asked.dtype != changed.dtype)
+    if asked.mode != changed.mode:
+        price += {"lora": 1.0, "qlora": 1.5}[changed.mode]
+    price += 0.3 * (asked.gradient_checkpointing != changed.gradient_checkpointing)
+    return price + 0.4 * (asked.optimizer != changed.optimizer) + 0.5 * (asked.dtype != changed.dtype)
 
 
 def difference(asked: Request, changed: Request) -> str:
@@ -153,6 +186,9 @@ def difference(asked: Request, changed: Request) -> str:
 
     >>> difference(Request(ctx=8192), Request(ctx=4096, quant="int8"))
     '--ctx 4096 --quant int8'
+    >>> difference(Request(mode="train"), Request(mode="lora", gradient_checkpointing=True))
+    '--mode lora --gradient-checkpointing'
     """
     before, after = asked.to_dict(), changed.to_dict()
-    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in after.items() if value != before[name])
+    changes = {f"--{name.replace('_', '-')}": value for name, value in after.items() if value != before[name]}
+    return " ".join(option if value is True else f"{option} {value}" for option, value in changes.items())

@@ -119,14 +119,15 @@ def answer(model: Model, asked: Request) -> Estimate:
 
 
 def verdict(model: Model, found: Estimate, gpu: Gpu) -> tuple[Fit, list[str]]:
-    """Whether an estimate fits, the limits, and ways; for training and several GPUs the verdict alone."""
+    """Whether an estimate fits, the limits, and ways; for several GPUs the verdict alone."""
     request = found.request
-    if request.mode == "inference" and (request.gpus or 1) == 1:
+    if (request.gpus or 1) == 1:
         known = {request: found.device_bytes}
         limit = model.architecture.max_positions
-        return judge(lambda r: known[r] if r in known else taken(model, r), request, gpu, max_positions=limit), []
+        needed = taken if request.mode == "inference" else lambda m, r: estimate_of(m, r).device_bytes
+        return judge(lambda r: known[r] if r in known else needed(model, r), request, gpu, max_positions=limit), []
     if request.max_ctx or request.max_batch:
-        raise HfvramError("usage", "--max-ctx and --max-batch are for --mode inference on one GPU so far")
+        raise HfvramError("usage", "--max-ctx and --max-batch are for one GPU so far")
     room = gpu.memory_bytes - found.device_bytes
     fit = Fit(
         gpu=gpu.name,
@@ -137,7 +138,7 @@ def verdict(model: Model, found: Estimate, gpu: Gpu) -> tuple[Fit, list[str]]:
         max_batch=None,
         ways=(),
     )
-    return fit, ["limits and ways to make it fit are searched for --mode inference on one GPU only so far"]
+    return fit, ["limits and ways to make it fit are searched for one GPU only so far"]
 
 
 def estimate_of(model: Model, asked: Request) -> Estimate:

@@ -2,7 +2,7 @@
 
 from typing import Any, Final
 
-from hfvram.errors import HfvramError
+from hfvram.errors import HfvramError, printable
 from hfvram.request import Request
 
 SUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
@@ -26,6 +26,13 @@ TRAINING: Final = (
     *("gradient_checkpointing", "mixed_precision", "grad_accum", "optimizer"),
     *("lora_r", "lora_targets", "lora_dropout", "adapter_dtype", "fsdp"),
 )
+OPTIMIZERS: Final = (
+    *("adamw_torch_fused", "adamw_torch", "adamw_torch_loop", "sgd", "sgd_momentum", "adagrad", "rmsprop", "adafactor"),
+    *("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit"),
+    *("ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit"),
+    *("lion", "lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit"),
+    *("rmsprop_bnb", "rmsprop_bnb_32bit", "rmsprop_bnb_8bit", "galore_adamw", "apollo_adamw", "muon"),
+)
 ON_LOADING: Final = ("nf4", "fp4", "int8")
 """Quantizations that are made while a model is loaded; all others are the checkpoint's own."""
 
@@ -45,6 +52,9 @@ def check(request: Request) -> None:
                 "usage",
                 f"{option} {shown} is not supported yet: this version answers {option} {words or '(none)'}{more}",
             )
+    if request.optimizer not in OPTIMIZERS:
+        valid = ", ".join(OPTIMIZERS)
+        raise HfvramError("usage", f"--optimizer {printable(request.optimizer, 40)} is unknown: valid are {valid}")
     default = Request()
     for name in TRAINING:
         if request.mode == "inference" and getattr(request, name) != getattr(default, name):

@@ -144,7 +144,9 @@ def verdict(e: Estimate, width: int, paint: Paint) -> list[str]:
         lines.append(f"{word} {f.gpu}: {size(e.device_bytes)} of {size(f.capacity_bytes)}, {room}")
         limits = [(n, v) for n, v in (("context", f.max_ctx), ("batch", f.max_batch)) if v is not None]
         most = [f"{n} {v:,}" if v else f"no {n}" for n, v in limits]
-        lines.append(f"most that fits: {', '.join(most)}" if any(v for _, v in limits) else "not even one token fits")
+        if limits:
+            fits = any(v for _, v in limits)
+            lines.append(f"most that fits: {', '.join(most)}" if fits else "not even one token fits")
         if f.ways:
             lines.append("fits with:")
             lines += columns([(way.change, size(way.device_bytes), "") for way in f.ways], width, "<><", indent=2)
