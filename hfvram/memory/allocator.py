@@ -4,8 +4,9 @@ Source: PyTorch 2.11, c10/cuda/CUDACachingAllocator.cpp with default settings (`
 `kSmallBuffer` 1 and 2 MiB, `kLargeBuffer` 20 MiB, `kMinLargeAlloc` 10 MiB, `kRoundLarge` 2 MiB): sizes are rounded to
 512 B; the smallest free block that is large enough serves; it is split unless the remainder is small; free neighbours
 merge; a segment is never given back while there is room. Of free blocks of one size the lowest address serves, and
-each segment lies below those before it: what cudaMalloc returns was not seen, but of some 40 measured cases in which
-that order decides, most come out to the byte so, and few did with segments that grow upwards.
+each segment lies below those before it. That is fitted, cudaMalloc's addresses were not seen: of 35 measured cases in
+which the order decides what is reserved, 24 come nearer so than with segments that grow upwards, 14 of them exactly;
+nine go further off, one far (a Mamba-2 without its kernels, +82 %).
 """
 
 from bisect import bisect_left, insort
