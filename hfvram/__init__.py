@@ -30,11 +30,10 @@ def estimate(
 
     Raises HfvramError, whose `kind` says why there is no answer.
     """
-    from hfvram.answer import question
+    from hfvram.answer.question import Session
 
-    return question.estimate(
-        model, Request.from_dict(options), revision=revision, token=token, offline=offline, file=file
-    )
+    request = Request.from_dict(options)
+    return Session().estimate(model, request, revision=revision, token=token, offline=offline, file=file)
 
 
 def __getattr__(name: str) -> Any:

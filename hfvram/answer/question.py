@@ -54,7 +54,7 @@ class Session:
         if key not in self._models:
             try:
                 checkpoint = read_checkpoint(model, revision=revision, token=token, offline=offline, file=file)
-                self._models[key] = understood(checkpoint, request, token, offline)
+                self._models[key] = understand_or_forget(checkpoint, request, token, offline)
             except HfvramError as error:
                 self._models[key] = error
         known = self._models[key]
@@ -63,21 +63,8 @@ class Session:
         return answer(known, request)
 
 
-def estimate(
-    model: str,
-    request: Request,
-    *,
-    revision: str | None = None,
-    token: str | None = None,
-    offline: bool = False,
-    file: str | None = None,
-) -> Estimate:
-    """One question, one answer: `Session().estimate`."""
-    return Session().estimate(model, request, revision=revision, token=token, offline=offline, file=file)
-
-
-def understood(checkpoint: Checkpoint, request: Request, token: str | None = None, offline: bool = False) -> Model:
-    """The model of a checkpoint; of one that can't be understood, nothing stays in the cache."""
+def understand_or_forget(checkpoint: Checkpoint, request: Request, token: str | None, offline: bool) -> Model:
+    """`understand`, after which nothing stays in the cache of what can't be understood."""
     try:
         return understand(checkpoint, request, token, offline)
     except HfvramError as error:
