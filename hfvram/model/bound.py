@@ -21,6 +21,7 @@ ALIASES = {
     "vocab_size": ("padded_vocab_size",),
 }
 STORED_DTYPES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+"""The floating-point dtypes of safetensors that a model computes in."""
 
 
 def bound(checkpoint: Checkpoint, unknown: HfvramError, trust_remote_code: bool = False) -> Architecture:

@@ -5,12 +5,10 @@ from dataclasses import dataclass, replace
 from hfvram.errors import HfvramError
 from hfvram.model.adapter import with_adapter
 from hfvram.model.architecture import Architecture, Counted
-from hfvram.model.bound import weights_only
+from hfvram.model.bound import STORED_DTYPES, weights_only
 from hfvram.model.infer import infer
 from hfvram.model.stored import count
 from hfvram.read.checkpoint import Checkpoint
-
-STORED_DTYPES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
