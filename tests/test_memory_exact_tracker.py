@@ -168,6 +168,20 @@ class TestMetaKernels:
             with pytest.raises(RuntimeError):
                 kernels(torch.ops.aten.mm.default, (x, x), {})
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_groups_are_multiplied_in_other_dtypes_than_meta_knows(self, dtype: Any) -> None:
+        kernels, grouped = MetaKernels(), torch.ops.aten._grouped_mm.default
+        offsets = torch.empty(4, dtype=torch.int32, device="meta")
+        for a, b in (((32, 16), (4, 16, 8)), ((16, 32), (32, 8))):  # tokens by experts; an expert's gradient
+            forms = []
+            for kind in (torch.bfloat16, dtype):
+                x, y = torch.empty(a, dtype=kind, device="meta"), torch.empty(b, dtype=kind, device="meta")
+                y = y.transpose(-2, -1).contiguous().transpose(-2, -1)
+                forms.append(kernels(grouped, (x, y, offsets), {}))
+            assert forms[0].shape == forms[1].shape
+            assert forms[0].stride() == forms[1].stride()
+            assert forms[1].dtype == dtype
+
     def form(self, out: Any) -> Any:
         if isinstance(out, torch.Tensor):
             return out.shape, out.stride(), out.dtype, out.storage_offset()

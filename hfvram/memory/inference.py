@@ -97,10 +97,10 @@ def forward(t: Timeline, architecture: Architecture, f: Forward, caches: list[li
         if known := written.get(id(layer)):
             out = repeat(t, known, cache)
         else:
-            start = len(t.events), len(t.sizes)
+            start = len(t.events)
             out = run_layer(t, f, layer, hidden, cache)
             again = id(layer) in written and not f.past
-            written[id(layer)] = pattern(t, *start, cache, out) if again else None
+            written[id(layer)] = pattern(t, start, cache, out) if again else None
         if hidden not in kept:
             t.free(hidden)
         hidden = out

@@ -15,9 +15,9 @@ class Pattern(NamedTuple):
     out: int
 
 
-def pattern(t: Timeline, first_event: int, first_handle: int, cache: list[int], out: int) -> Pattern:
-    """What matters of what the timeline holds since `first_event`, the first handle of which was `first_handle`:
-    what stays, what is live when that is allocated, and what is live at the fullest moment."""
+def pattern(t: Timeline, first_event: int, cache: list[int], out: int) -> Pattern:
+    """What matters of what the timeline holds since `first_event`: what stays, what is live when that is allocated, and
+    what is live at the fullest moment."""
     events, sizes = t.events[first_event:], t.sizes
     live: dict[int, None] = {}
     staying = {out, *cache}

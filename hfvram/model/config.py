@@ -1,7 +1,7 @@
 """A configuration read with suspicion: sizes are whole numbers within reason, or the file is `bad_config`."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from hfvram.errors import HfvramError, printable
 
@@ -9,7 +9,6 @@ MAX_SIZE = 1 << 24
 """No width, vocabulary or head count of a real model comes near this."""
 MAX_LAYERS = 1024
 MAX_NUMBER = 1e12
-T = TypeVar("T")
 
 
 class Config:

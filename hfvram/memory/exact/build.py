@@ -1,6 +1,6 @@
 """The model as the tracker sees it built: on meta, its weights and buffers in the order of construction."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -39,3 +39,11 @@ def _name(tracker: Tracker, name: str, tensor: Any, category: Any) -> None:
     if handle is not None:
         shown = tracker.tag(name.rpartition(".")[0] if name.endswith((".weight", ".bias")) else name).name
         tracker.timeline.tags[handle] = Tag(shown, category, "", OWN, "exact")
+
+
+def in_order(module: Any) -> Iterator[Any]:
+    """Every parameter and buffer in the order in which `to_empty` allocates them."""
+    for child in module.children():
+        yield from in_order(child)
+    yield from module.parameters(recurse=False)
+    yield from module.buffers(recurse=False)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 RESIZES = ("resize", "set_", "unsafe_view", "lift", "alias")
+GROUPED_MM = torch.ops.aten._grouped_mm.default
 _empty = torch.empty_strided
 
 
@@ -20,6 +21,8 @@ class MetaKernels:
         self.kinds: dict[Any, str] = {}
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func is GROUPED_MM and args[0].dtype != torch.bfloat16:
+            return _grouped_mm(*args, **kwargs)
         kind = self.kinds.get(func)
         if kind is None:
             kind = self.kinds[func] = _kind(func)
@@ -42,6 +45,15 @@ class MetaKernels:
             return tuple(a and _empty(a[0], a[1], dtype=a[2], device="meta") for a in answer)
         size, stride, dtype = answer
         return _empty(size, stride, dtype=dtype, device="meta")
+
+
+def _grouped_mm(a: Any, b: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Any:
+    """Products by group in fp32 or fp16: CUDA multiplies group by group into one output, where meta takes only bf16.
+
+    Source: PyTorch 2.11, native/cuda/GroupedBlas.cpp and GroupedMMUtils.h.
+    """
+    groups = () if a.dim() != b.dim() else (offs.shape[0] if a.dim() == 2 else a.shape[0],)
+    return a.new_empty((*groups, a.shape[-2], b.shape[-1]), dtype=out_dtype)
 
 
 class _Unlike(Exception):

@@ -12,6 +12,7 @@ from torch import nn
 
 from hfvram.errors import HfvramError
 from hfvram.memory.exact.build import DTYPES
+from hfvram.memory.weights import DEQUANTIZED
 
 if TYPE_CHECKING:
     from hfvram.memory.exact.run import Run
@@ -158,12 +159,15 @@ def sizes(layer: Any) -> tuple[int, int]:
 
 
 def quantize(run: "Run", model: Any, request: "Request") -> None:
-    """Replace the linear layers, but not the head, as `BitsAndBytesConfig` does; raises `usage` for other methods."""
+    """Replace the linear layers, but not the head, as `BitsAndBytesConfig` does; raises `usage` for other methods.
+
+    What transformers itself loads in the computing dtype stays as it is.
+    """
     quant = "nf4" if request.mode == "qlora" and request.quant not in ON_LOADING else request.quant
-    if quant in ("auto", "none"):
+    if quant in ("auto", "none", *DEQUANTIZED):
         return
     if quant not in ON_LOADING:
-        words = ", ".join(("none", *ON_LOADING))
+        words = ", ".join(("none", "fp8", *ON_LOADING))
         raise HfvramError(
             "usage", f"--method simulate can't run --quant {quant}: valid are {words} (or --method formula)"
         )

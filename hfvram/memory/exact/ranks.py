@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hfvram.errors import HfvramError
-from hfvram.memory.exact.build import name_tensors
+from hfvram.memory.exact.build import in_order, name_tensors
 from hfvram.memory.exact.quantized import ON_LOADING
 from hfvram.memory.exact.run import Run
 from hfvram.request import Request
@@ -112,12 +112,5 @@ def place(run: Run, model: Any, request: Request) -> Any:
 
 def stand(run: Run, model: Any) -> None:
     """Count what this rank holds in the place of all that was built, in the order of `to_empty`, which allocates it."""
-    run.tracker.start_over(_in_order(model))
+    run.tracker.start_over(in_order(model))
     name_tensors(run.tracker, model)
-
-
-def _in_order(module: Any) -> Iterator[Any]:
-    for child in module.children():
-        yield from _in_order(child)
-    yield from module.parameters(recurse=False)
-    yield from module.buffers(recurse=False)

@@ -3,13 +3,14 @@
 import os
 import warnings
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import transformers
 
 from hfvram.errors import HfvramError, printable
 from hfvram.memory.exact.build import build, name_tensors
+from hfvram.memory.exact.fp8 import fp8_kernels, load_fp8
 from hfvram.memory.exact.inference import infer
 from hfvram.memory.exact.quantized import quantize
 from hfvram.memory.exact.run import Run
@@ -48,7 +49,10 @@ def simulate(config: Mapping[str, Any], class_name: str | None, request: Request
 
 def _simulate(run: Run, config: Mapping[str, Any], class_name: str | None, request: Request) -> None:
     model = build(run.tracker, config, class_name, request.dtype, request.attention)
-    quantize(run, model, request)
+    if request.quant == "fp8":
+        load_fp8(run, model, config, request)
+    else:
+        quantize(run, model, request)
     name_tensors(run.tracker, model)
     if request.tp > 1:
         from hfvram.memory.exact.ranks import split
@@ -56,7 +60,11 @@ def _simulate(run: Run, config: Mapping[str, Any], class_name: str | None, reque
         split(run, model, request)
     run.stands()
     inference = request.mode == "inference"
-    with fused(run, model, gradients=not inference) if request.kernels == "fused" else nullcontext():
+    with ExitStack() as kernels:
+        if request.kernels == "fused":
+            kernels.enter_context(fused(run, model, gradients=not inference))
+        if request.quant == "fp8":
+            kernels.enter_context(fp8_kernels())
         if inference:
             infer(run, model, request)
         else:

@@ -30,37 +30,25 @@ def max_positions(config: Config) -> int | None:
     return size if size > 0 else None
 
 
-def architecture_class(config: Config, class_name: str | None, default: str) -> str:
-    """The class to build: the caller's, else the first of `architectures`, else the family's default."""
-    named = config.strings("architectures") or []
-    return class_name or (named[0] if named else default)
-
-
 def causal_head(
-    config: Config,
-    class_name: str,
-    hidden: int,
-    vocab: int,
-    bias: bool = False,
-    tied_by_default: bool = False,
-    token_head: str = "score",
-) -> tuple[tuple[Param, ...], bool, str]:
-    """Head of a decoder's class: its parameters, whether it is tied to the embedding, and the prefix of the base model.
+    config: Config, class_name: str, hidden: int, vocab: int, bias: bool = False, token_head: str = "score"
+) -> tuple[tuple[Param, ...], bool]:
+    """Head of a decoder's class: its parameters, and whether it is tied to the embedding.
 
     `…ForCausalLM` and `…LMHeadModel` have `lm_head`, tied or not; `…ForSequenceClassification` a `score` of
-    `num_labels`, `…ForTokenClassification` a `token_head`; a bare `…Model` has none, and its names no prefix.
+    `num_labels`, `…ForTokenClassification` a `token_head`; a bare `…Model` has none.
     """
     if class_name.endswith("ForSequenceClassification"):
-        return linear("score", hidden, num_labels(config), kind="head"), False, "model."
+        return linear("score", hidden, num_labels(config), kind="head"), False
     if class_name.endswith("ForTokenClassification"):
-        return linear(token_head, hidden, num_labels(config), True, kind="head"), False, "model."
+        return linear(token_head, hidden, num_labels(config), True, kind="head"), False
     if class_name.endswith("ForQuestionAnswering"):
-        return linear("qa_outputs", hidden, 2, True, kind="head"), False, "model."
+        return linear("qa_outputs", hidden, 2, True, kind="head"), False
     if class_name.endswith("Model") and not class_name.endswith("LMHeadModel"):
-        return (), False, ""
-    tied = config.flag("tie_word_embeddings", default=tied_by_default)
+        return (), False
+    tied = config.flag("tie_word_embeddings")
     weight = () if tied else (Param("lm_head.weight", (vocab, hidden), "head"),)
-    return weight + ((Param("lm_head.bias", (vocab,), "bias"),) if bias else ()), tied, "model."
+    return weight + ((Param("lm_head.bias", (vocab,), "bias"),) if bias else ()), tied
 
 
 def num_labels(config: Config) -> int:

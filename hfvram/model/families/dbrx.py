@@ -16,7 +16,7 @@ def read(config: Config, class_name: str | None) -> Architecture:
     class_name = class_of(config, class_name)
     prefix = prefix_of(config, class_name)
     hidden, vocab = config.size("hidden_size"), config.size("vocab_size")
-    head, tied, _ = causal_head(config, class_name, hidden, vocab)
+    head, tied = causal_head(config, class_name, hidden, vocab)
     stack = Stack(
         name="text",
         prefix=f"{prefix}blocks",

@@ -28,7 +28,7 @@ def decoder(
     class_name = class_of(config, class_name)
     prefix = prefix_of(config, class_name)
     hidden, vocab = config.size("hidden_size"), config.size("vocab_size")
-    head, tied, _ = causal_head(config, class_name, hidden, vocab)
+    head, tied = causal_head(config, class_name, hidden, vocab)
     stack = Stack(
         name="text",
         prefix=f"{prefix}layers",

@@ -45,7 +45,7 @@ def whole(config: Config, class_name: str | None, decoders: Mapping[str, Build])
     prefix, vocab = prefix_of(config, class_name), config.size("vocab_size")
     hidden = config.size("n_embed", "hidden_size")
     decoder = decoders[config.model_type](config, hidden)
-    head, tied, _ = causal_head(
+    head, tied = causal_head(
         config, class_name, decoder.head_width or hidden, vocab, decoder.head_bias, token_head=decoder.token_head
     )
     stack = Stack(

@@ -31,7 +31,7 @@ def decoder(config: Config, class_name: str, text: Stack) -> Architecture:
     """A text model of one stack, with the head of its class."""
     style = style_of(config)
     hidden, vocab = config.size("hidden_size"), config.size("vocab_size")
-    head, tied, _ = causal_head(config, class_name, hidden, vocab, flag(config, style.head_bias))
+    head, tied = causal_head(config, class_name, hidden, vocab, flag(config, style.head_bias))
     return Architecture(
         model_type=config.model_type,
         class_name=class_name,

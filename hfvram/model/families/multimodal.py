@@ -58,7 +58,7 @@ def wrapper(
     tied = may_tie and config.flag("tie_word_embeddings")
     if config.model_type in TIED_BY_TEXT and text.flag("tie_word_embeddings"):
         tied = True
-    params, is_tied, _ = causal_head(Config({**config.values, "tie_word_embeddings": tied}), class_name, hidden, vocab)
+    params, is_tied = causal_head(Config({**config.values, "tie_word_embeddings": tied}), class_name, hidden, vocab)
     return Architecture(
         **{
             "model_type": config.model_type,

@@ -54,7 +54,7 @@ def read(config: Config, class_name: str | None) -> Architecture:
     towers = (vision(section(config, "vision_config"), f"{prefix}visual."),) if whole else ()
     hidden, vocab = text.size("hidden_size"), text.size("vocab_size")
     # A multimodal configuration ties by its own key, not by its text's.
-    head, tied, _ = causal_head(config if whole else text, class_name, hidden, vocab)
+    head, tied = causal_head(config if whole else text, class_name, hidden, vocab)
     if class_name.endswith("ForConditionalGeneration") and not tied:
         head = linear("lm_head", hidden, vocab, kind="head")
     return Architecture(
