@@ -4,10 +4,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from states import state_bytes
 
 from hfvram.memory.allocator import replay
 from hfvram.memory.forward import Forward
-from hfvram.memory.linear_attention import state_bytes
 from hfvram.memory.mixers import mix
 from hfvram.memory.timeline import Standing, Timeline
 from hfvram.model.config import Config
@@ -20,33 +20,41 @@ QWEN3_NEXT = GatedDeltaNet(
 MINIMAX = LightningAttention(hidden_size=6144, heads=64, head_dim=128, params=())
 LFM2 = ShortConv(hidden_size=2048, d_conv=3, params=())
 GRIFFIN = RGLRU(hidden_size=2560, width=2560, heads=10, d_conv=4, params=())
-PARTS = (QWEN3_NEXT, replace(QWEN3_NEXT, fused_projection=False), MINIMAX, LFM2, GRIFFIN)
 
 
 def test_states_of_a_gated_delta_net() -> None:
     # (2·16·128 + 32·128) channels · 4 columns · 2 B + 32 · 128 · 128 · 4 B. Measured with three such layers and one of
     # attention (2 · 2 heads · 256 · 2,047 tokens · 2 B): 10,680,320 B of cache
-    assert state_bytes(QWEN3_NEXT, 1, 2) == 65_536 + 2_097_152
-    assert 3 * state_bytes(QWEN3_NEXT, 1, 2) + 2 * 2 * 256 * 2047 * 2 == 10_680_320
+    assert state_bytes(QWEN3_NEXT, 1, "bf16") == 65_536 + 2_097_152
+    assert 3 * state_bytes(QWEN3_NEXT, 1, "bf16") + 2 * 2 * 256 * 2047 * 2 == 10_680_320
 
 
 def test_states_of_the_others() -> None:
-    assert state_bytes(MINIMAX, 2, 2) == 2 * 64 * 128 * 128 * 2
-    assert state_bytes(LFM2, 2, 2) == 2 * 2048 * 3 * 2
-    assert state_bytes(GRIFFIN, 2, 2) == 2 * (2560 * 3 * 2 + 2560 * 4)
+    assert state_bytes(MINIMAX, 2, "bf16") == 2 * 64 * 128 * 128 * 2
+    assert state_bytes(LFM2, 2, "bf16") == 2 * 2048 * 3 * 2
+    assert state_bytes(GRIFFIN, 2, "bf16") == 2 * (2560 * 3 * 2 + 2560 * 4)
 
 
 @pytest.mark.parametrize("kernels", ["fused", "fallback"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("part", PARTS)
-def test_only_output_and_states_outlive_a_mixer(part: Any, dtype: str, kernels: str) -> None:
+@pytest.mark.parametrize(
+    ("part", "computing", "fp32"),  # elements of the states in the computing dtype, and in fp32
+    [
+        (QWEN3_NEXT, (2 * 16 * 128 + 32 * 128) * 4, 32 * 128 * 128),
+        (replace(QWEN3_NEXT, fused_projection=False), (2 * 16 * 128 + 32 * 128) * 4, 32 * 128 * 128),
+        (MINIMAX, 64 * 128 * 128, 0),
+        (LFM2, 2048 * 3, 0),
+        (GRIFFIN, 2560 * 3, 2560),
+    ],
+)
+def test_only_output_and_states_outlive_a_mixer(part: Any, computing: int, fp32: int, dtype: str, kernels: str) -> None:
     t, states = Timeline(Standing(())), list[int]()
     f = Forward(batch=2, tokens=300, dtype=dtype, kernels=kernels)
     for step in (f, replace(f, tokens=1, past=300), replace(f, tokens=1, past=301)):
         out, kept = mix(t, step, part, states)
         t.free(out, *kept)
         live = sum(t.sizes[h] for h in t.live(len(t.events)))
-        assert live == sum(t.sizes[h] for h in states) == state_bytes(part, 2, f.element_bytes)
+        assert live == sum(t.sizes[h] for h in states) == 2 * (computing * f.element_bytes + fp32 * 4)
 
 
 def test_the_delta_rule_needs_more_without_its_kernels() -> None:
@@ -107,7 +115,7 @@ def test_states_are_those_of_transformers(model_type: str) -> None:
     kinds = GatedDeltaNet | LightningAttention | ShortConv | RGLRU
     parts = [m for layer in architecture.text.layers for m in layer.mixers if isinstance(m, kinds)]
     assert parts
-    assert sum(state_bytes(part, 2, 2) for part in parts) == sum(s.numel() * s.element_size() for s in states)
+    assert sum(state_bytes(part, 2, "bf16") for part in parts) == sum(s.numel() * s.element_size() for s in states)
 
 
 def positions(model_type: str, ids: Any) -> dict[str, Any]:

@@ -4,13 +4,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from states import state_bytes
 
 from hfvram.memory.allocator import replay
 from hfvram.memory.blocks import HIDDEN
 from hfvram.memory.forward import Forward
 from hfvram.memory.hybrid import hybrid
 from hfvram.memory.inference import run_layer
-from hfvram.memory.ssm import TUNING_BYTES, mamba1, mamba2, state_bytes
+from hfvram.memory.ssm import TUNING_BYTES, mamba1, mamba2
 from hfvram.memory.timeline import Standing, Timeline
 from hfvram.model.config import Config
 from hfvram.model.families import reader
@@ -32,35 +33,45 @@ def live_bytes(t: Timeline) -> int:
 
 def test_states_of_mamba_130m() -> None:
     # 1536 channels · 4 columns · 2 B + 1536 · 16 · 4 B a layer; 24 layers measured on a H100: 2,654,208 B
-    assert state_bytes(MAMBA_130M, 1, 2) == 12_288 + 98_304
-    assert 24 * state_bytes(MAMBA_130M, 1, 2) == 2_654_208
+    assert state_bytes(MAMBA_130M, 1, "bf16") == 12_288 + 98_304
+    assert 24 * state_bytes(MAMBA_130M, 1, "bf16") == 2_654_208
 
 
 def test_states_of_mamba2_1b3() -> None:
     # (4096 + 2·128) channels · 4 · 2 B + 64 · 64 · 128 · 4 B a layer; 48 layers measured on a H100: 102,334,464 B
-    assert state_bytes(MAMBA2_1B3, 1, 2) == 34_816 + 2_097_152
-    assert 48 * state_bytes(MAMBA2_1B3, 1, 2) == 102_334_464
+    assert state_bytes(MAMBA2_1B3, 1, "bf16") == 34_816 + 2_097_152
+    assert 48 * state_bytes(MAMBA2_1B3, 1, "bf16") == 102_334_464
 
 
 def test_states_in_fp32_double_the_convolution_alone() -> None:
-    assert state_bytes(MAMBA2_1B3, 3, 4) == 3 * (69_632 + 2_097_152)
+    assert state_bytes(MAMBA2_1B3, 3, "fp32") == 3 * (69_632 + 2_097_152)
 
 
 @pytest.mark.parametrize("kernels", ["fused", "fallback"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("part", [MAMBA_130M, replace(MAMBA_130M, heads=2, inner_norms=True), MAMBA2_1B3])
-def test_only_output_and_states_outlive_a_mixer(part: Mamba1 | Mamba2, masked: bool, dtype: str, kernels: str) -> None:
+@pytest.mark.parametrize(
+    ("part", "columns", "state"),  # of the convolution, in the computing dtype; of the recurrence, in fp32
+    [
+        (MAMBA_130M, 1536 * 4, 1536 * 16),
+        (replace(MAMBA_130M, heads=2, inner_norms=True), 1536 * 4, 1536 * 16),
+        (MAMBA2_1B3, (4096 + 2 * 128) * 4, 64 * 64 * 128),
+    ],
+)
+def test_only_output_and_states_outlive_a_mixer(
+    part: Mamba1 | Mamba2, columns: int, state: int, masked: bool, dtype: str, kernels: str
+) -> None:
     t, states = timeline(), list[int]()
     f = Forward(batch=3, tokens=300, dtype=dtype, kernels=kernels, masked=masked)
     write: Any = mamba1 if isinstance(part, Mamba1) else mamba2
     out = write(t, f, part, states)
-    assert sum(t.sizes[h] for h in states) == state_bytes(part, 3, f.element_bytes)
+    kept = 3 * (columns * f.element_bytes + state * 4)
+    assert sum(t.sizes[h] for h in states) == kept
     t.free(out)
-    assert live_bytes(t) == state_bytes(part, 3, f.element_bytes)
+    assert live_bytes(t) == kept
     out = write(t, replace(f, tokens=1, past=300), part, states)
     t.free(out)
-    assert live_bytes(t) == state_bytes(part, 3, f.element_bytes)  # a state does not grow
+    assert live_bytes(t) == kept  # a state does not grow
 
 
 def test_encoding_keeps_no_state() -> None:
@@ -111,7 +122,8 @@ def test_hybrid_layers_keep_keys_values_and_states(order: int) -> None:
     for step in (f, replace(f, tokens=1, past=50), replace(f, tokens=1, past=51)):
         t.free(hybrid(t, step, layer, 0, cache))
     keys_and_values = 2 * 52 * 2 * 16 * 2 * 2
-    assert live_bytes(t) == sum(t.sizes[h] for h in cache) == keys_and_values + state_bytes(part, 2, 2)
+    states = 2 * ((128 + 2 * 16) * 4 * 2 + 128 * 16 * 4)
+    assert live_bytes(t) == sum(t.sizes[h] for h in cache) == keys_and_values + states
 
 
 TINY: dict[str, dict[str, Any]] = {
@@ -235,4 +247,4 @@ def test_states_are_those_of_transformers(model_type: str) -> None:
     architecture = reader(model_type)(Config({**config.to_dict(), "model_type": model_type}), None)
     parts = [m for layer in architecture.text.layers for m in layer.mixers if isinstance(m, Mamba1 | Mamba2)]
     assert len(states) == 2 * len(parts) > 0
-    assert sum(state_bytes(part, 2, 2) for part in parts) == sum(s.numel() * s.element_size() for s in states)
+    assert sum(state_bytes(part, 2, "bf16") for part in parts) == sum(s.numel() * s.element_size() for s in states)

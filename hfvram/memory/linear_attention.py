@@ -24,30 +24,6 @@ GATES = Tag("recurrence, gates", "activations", "b·s·w·e", "transformers 5.17
 SHORT = Tag("short convolution", "activations", "b·s·h·3·e", "transformers 5.17: Lfm2ShortConv")
 CHUNK = 64
 
-Recurrent = GatedDeltaNet | LightningAttention | RGLRU | ShortConv
-
-
-def state_bytes(part: Recurrent, batch: int, element_bytes: int) -> int:
-    """Bytes of a layer's states, whatever the context: k columns of the convolution and the recurrence's matrix.
-
-    Delta net: `b·(2·H_k·d_k + H_v·d_v)·k·e + b·H_v·d_k·d_v·4`; lightning `b·H·d²·e`; short convolution `b·h·k·e`;
-    RG-LRU `b·w·(k−1)·e + b·w·4`.
-
-    >>> from hfvram.model.layers import ShortConv
-    >>> state_bytes(ShortConv(hidden_size=2048, d_conv=3, params=()), 1, 2)
-    12288
-
-    Source: transformers 5.17, cache_utils.py `LinearAttentionLayer`, minimax `MiniMaxCache`, recurrent_gemma
-    `RecurrentGemmaRecurrentBlock`, which keeps its states in the module.
-    """
-    if isinstance(part, GatedDeltaNet):
-        return batch * (part.conv_dim * part.d_conv * element_bytes + _delta_state(part) * 4)
-    if isinstance(part, LightningAttention):
-        return batch * part.heads * part.head_dim**2 * element_bytes
-    if isinstance(part, RGLRU):
-        return batch * part.width * ((part.d_conv - 1) * element_bytes + 4)
-    return batch * part.hidden_size * part.d_conv * element_bytes
-
 
 def _delta_state(part: GatedDeltaNet) -> int:
     return part.value_heads * part.key_dim * part.value_dim
@@ -217,7 +193,8 @@ def short_convolution(t: Timeline, f: Forward, part: ShortConv, states: list[int
 def rg_lru(t: Timeline, f: Forward, part: RGLRU, states: list[int]) -> int:
     """Griffin's recurrent block; `states` holds its two states, empty before the prefill. Returns the output's handle.
 
-    There is no kernel for it: a loop runs over the tokens, whatever is installed.
+    There is no kernel for it: a loop runs over the tokens, whatever is installed. The module itself keeps the states,
+    k − 1 columns of the convolution among them.
     """
     wide = f.bytes(part.width)
     linear = project(t, f, part.hidden_size, part.width, GATES)

@@ -1,5 +1,5 @@
 """State spaces without gradients: Mamba and Mamba-2, by their fused kernels (what they need without them is in
-`ssm_fallback`), and what their states take.
+`ssm_fallback`), and their states.
 
 b sequences of s tokens, d inner width, N state size, H heads of P, G groups, k columns of the convolution, c chunks of
 Q tokens, e bytes of an element. Source: transformers 5.17, models/mamba/modeling_mamba.py (`MambaMixer.forward`) and
@@ -28,23 +28,6 @@ TUNING = Tag(
     "Triton's autotuner", "workspace", "", "Triton 3: testing.py do_bench, a buffer that clears the L2 cache", "derived"
 )
 TUNING_BYTES = 256 << 20
-
-
-def state_bytes(part: Mamba1 | Mamba2, batch: int, element_bytes: int) -> int:
-    """Bytes of a layer's states: `b·(conv channels)·k·e + b·d·N·4`, whatever the context.
-
-    The convolution's has the activations' dtype, the recurrent one is fp32, as every scan returns it.
-    Mamba-130M, one sequence, bf16: 1536·4·2 + 1536·16·4.
-
-    >>> from hfvram.model.layers import Mamba1
-    >>> layer = Mamba1(hidden_size=768, d_inner=1536, d_state=16, d_conv=4, dt_rank=48, params=())
-    >>> 24 * state_bytes(layer, 1, 2)
-    2654208
-
-    Source: transformers 5.17, cache_utils.py `LinearAttentionLayer.lazy_initialization` (k columns, not k − 1).
-    """
-    channels = part.d_inner if isinstance(part, Mamba1) else part.conv_dim
-    return batch * (channels * part.d_conv * element_bytes + part.d_inner * part.d_state * 4)
 
 
 def mamba1(t: Timeline, f: Forward, part: Mamba1, states: list[int]) -> int:
@@ -195,7 +178,7 @@ def _gate(t: Timeline, f: Forward, part: Mamba2) -> int:
 
 
 def convolve(t: Timeline, f: Forward, channels: int, d_conv: int, states: list[int], activated: bool = True) -> int:
-    """The causal convolution of a prefill, whose state is its last columns. Returns the output's handle.
+    """The causal convolution of a prefill, whose state is its last k columns. Returns the output's handle.
 
     The fused kernel writes its output alone; `nn.Conv1d` pads it by k − 1 columns, and the activation is a second one.
     """
