@@ -18,6 +18,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "kernels": ("fused", "fallback"),
     "mixed_precision": ("no", "bf16", "fp16"),
     "adapter_dtype": ("fp32", "bf16", "fp16"),
+    "compute_capability": ("6.0", "6.1", "7.0", "7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0", "12.1"),
     "fsdp": ("full_shard", "shard_grad_op", "hybrid_shard"),
     "engine": ("transformers", "vllm", "sglang", "llama.cpp"),
     "method": ("auto", "formula", "simulate", "guide"),
@@ -44,6 +45,7 @@ class Request:
     cache: str = "dynamic"
     attention: str = "sdpa"
     kernels: str = "fused"
+    compute_capability: str | None = None
     optimizer: str = "adamw_torch_fused"
     mixed_precision: str = "no"
     gradient_checkpointing: bool = False

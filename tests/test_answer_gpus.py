@@ -6,6 +6,8 @@ import pytest
 
 from hfvram.answer.gpus import Gpu, find_gpu, gpus, recommend
 from hfvram.errors import HfvramError
+from hfvram.memory.generation import GENERATIONS
+from hfvram.request import CHOICES
 from hfvram.units import GiB, MiB
 
 
@@ -117,3 +119,35 @@ def test_local_without_a_gpu_is_no_gpu(tmp_path, monkeypatch) -> None:  # type: 
     with pytest.raises(HfvramError) as error:
         find_gpu("local")
     assert error.value.kind == "no_gpu"
+
+
+@pytest.mark.parametrize(
+    ("name", "capability"),
+    [  # NVIDIA's list, developer.nvidia.com/cuda-gpus
+        ("T4", "7.5"),
+        ("V100 32GB", "7.0"),
+        ("A100 80GB", "8.0"),
+        ("A30", "8.0"),
+        ("A10", "8.6"),
+        ("RTX 3090", "8.6"),
+        ("RTX 4090", "8.9"),
+        ("L40S", "8.9"),
+        ("H200", "9.0"),
+        ("B200", "10.0"),
+        ("B300", "10.3"),
+        ("RTX 5090", "12.0"),
+        ("DGX Spark", "12.1"),
+        ("MI300X", None),
+        ("M3 Max 128GB", None),
+    ],
+)
+def test_compute_capability(name: str, capability: str | None) -> None:
+    assert find_gpu(name)[0].capability == capability
+
+
+def test_every_nvidia_gpu_has_a_compute_capability_that_is_known() -> None:
+    assert (
+        {g.capability for g in gpus() if g.vendor == "nvidia"} <= set(GENERATIONS) == set(CHOICES["compute_capability"])
+    )
+    assert all(GENERATIONS[g.capability].name == g.generation for g in gpus() if g.capability)
+    assert not any(g.capability for g in gpus() if g.vendor != "nvidia")

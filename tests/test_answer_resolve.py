@@ -121,3 +121,14 @@ def test_nothing_is_left_open_and_resolving_again_changes_nothing() -> None:
         assert None not in (once.ctx, once.phase, once.gpus)
         assert "auto" not in (once.dtype, once.method)
         assert resolved(a, **{k: v for k, v in once.to_dict().items() if k not in ("offload", "lora_targets")}) == once
+
+
+def test_the_generation_is_hoppers_unless_named_and_another_is_told() -> None:
+    assert resolved(model()).compute_capability is None
+    assert resolved(model(), compute_capability="9.0") == resolved(model())
+    request, warnings = resolve(model(), Request(compute_capability="8.9"))
+    assert request.compute_capability == "8.9"
+    assert warnings == ["attention kernels for Ada (8.9) as PyTorch's source chooses them, not measured"]
+    assert "--dtype fp16" in resolve(model(), Request(compute_capability="7.5"))[1][0]
+    assert "--dtype" not in resolve(model(), Request(compute_capability="7.5", dtype="fp16"))[1][0]
+    assert resolve(model(), Request(compute_capability="8.9", attention="eager"))[1] == []

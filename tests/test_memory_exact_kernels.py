@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 from hfvram.memory.exact.autocast import Autocast  # noqa: E402
 from hfvram.memory.exact.kernels import CudaBehaviour, kernel_for, like_layout  # noqa: E402
 from hfvram.memory.exact.tracker import Tracker  # noqa: E402
+from hfvram.memory.generation import generation  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -53,9 +54,56 @@ def test_a_bias_that_learns_leaves_the_math_path() -> None:
     assert kernel_for(heads(8, 64), heads(8, 64), heads(8, 64), bias, False) is None
 
 
-def test_before_hopper_flash_runs_where_cudnn_would() -> None:
-    q = heads(8, 64)
-    assert kernel_for(q, q, q, None, False, hopper=False) == "flash"
+@pytest.mark.parametrize(
+    ("capability", "dtype", "size", "gqa", "mask", "learns", "kernel"),
+    [
+        # sdp_utils.cpp, check_prefer_cudnn_attention: 9.0, 10.0 and 10.3 alone
+        ("8.0", BF16, 64, True, False, False, "flash"),
+        ("8.9", BF16, 128, True, False, False, "flash"),
+        ("10.0", BF16, 128, True, False, False, "cudnn"),
+        ("10.3", BF16, 128, True, False, False, "cudnn"),
+        ("12.0", BF16, 128, True, False, False, "flash"),
+        # check_flash_attention_hardware_support: from 8.0; the efficient kernel is not given grouped heads
+        ("7.5", torch.float16, 64, True, False, False, None),
+        ("7.5", torch.float16, 64, False, False, False, "efficient"),
+        ("7.5", BF16, 64, False, False, False, None),  # less_than_sm80_mem_efficient_dtypes
+        ("7.5", torch.float32, 64, False, True, False, "efficient"),
+        # head sizes of more than 192 with gradients on 8.6, 8.9 and 12.x; (224, 256] is taken without dropout
+        ("8.0", BF16, 200, False, False, True, "flash"),
+        ("8.6", BF16, 200, False, False, True, "efficient"),
+        ("8.9", BF16, 200, False, False, False, "flash"),
+        ("8.9", BF16, 256, False, False, True, "flash"),
+        ("12.0", BF16, 200, True, False, True, None),
+        # minimum_gemm_alignment: 8 elements in half precision, 4 in fp32 from 8.0 on
+        ("9.0", BF16, 20, False, True, False, None),
+        ("9.0", torch.float32, 20, False, True, False, "efficient"),
+        ("9.0", torch.float32, 18, False, True, False, None),
+        ("7.5", torch.float32, 18, False, True, False, "efficient"),
+    ],
+)
+def test_choice_by_generation(
+    capability: str, dtype: Any, size: int, gqa: bool, mask: bool, learns: bool, kernel: str | None
+) -> None:
+    q, k = heads(8, size, dtype), heads(2 if gqa else 8, size, dtype)
+    q.requires_grad_(learns)
+    given = torch.empty((2, 1, 48, 48), dtype=torch.bool, device="meta") if mask else None
+    assert kernel_for(q, k, k, given, gqa, generation(capability)) == kernel
+
+
+def test_dropout_closes_the_widest_heads_to_flash_on_ada() -> None:
+    q = heads(8, 256).requires_grad_()
+    assert kernel_for(q, q, q, None, False, generation("8.9"), 0.1) == "efficient"
+    with torch.no_grad():
+        assert kernel_for(q, q, q, None, False, generation("8.9"), 0.1) == "flash"
+
+
+def test_the_math_path_with_dropout_repeats_grouped_heads_and_masks_the_future() -> None:
+    q, k = heads(8, 64, torch.float32), heads(2, 64, torch.float32)
+    sizes = allocated(lambda: SDPA(q, k, k, dropout_p=0.1, is_causal=True, enable_gqa=True))
+    repeated, scores = 2 * 8 * 48 * 64 * 4, 2 * 8 * 48 * 48 * 4
+    assert sizes.count(repeated) >= 4  # queries scaled, keys and values of every head, keys scaled
+    assert sizes.count(scores) >= 2
+    assert {scores // 4, 48 * 48 * 4} < set(sizes)  # dropout's booleans, and the causal mask
 
 
 def test_without_gradients_only_flash_computes_the_log_sum_exp() -> None:

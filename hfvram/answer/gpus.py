@@ -29,78 +29,87 @@ class Gpu:
     tier: Tier = ""
     generation: str = ""
     aliases: tuple[str, ...] = ()
+    capability: str | None = None
+    """CUDA's compute capability, which decides what runs (`memory/generation.py`)."""
 
 
-# Heading: vendor, tier, generation. Line: GiB that a process can use, and the GPUs that have it, with `= other name`.
-# Of one name's variants the most common stands first. Figures: PyTorch's out-of-memory messages in public issues.
+# Heading: vendor, tier, generation, and NVIDIA's compute capability. Line: GiB that a process can use, and GPUs with
+# it, with `= other name`. Of one name's variants the most common stands first. Figures: PyTorch's out-of-memory
+# messages in public issues; compute capabilities: developer.nvidia.com/cuda-gpus.
 _TABLE = """
-nvidia, data centre, Blackwell
+nvidia, data centre, Blackwell 10.0
 178.35 B200, B100
+nvidia, data centre, Blackwell 10.3
 267.69 B300
+nvidia, data centre, Blackwell 10.0
 184.31 GB200
+nvidia, data centre, Blackwell 10.3
 276.50 GB300
-nvidia, data centre, Hopper
+nvidia, data centre, Hopper 9.0
 79.10 H100 SXM 80GB, H100 PCIe 80GB, H800
 93.09 H100 NVL 94GB
 139.80 H200
 94.50 GH200 96GB = GH200 480GB
 139.80 GH200 144GB
 95.00 H20
-nvidia, data centre, Ada
+nvidia, data centre, Ada 8.9
 21.95 L4
 44.39 L40S, L40, L20
-nvidia, data centre, Ampere
+nvidia, data centre, Ampere 8.0
 79.14 A100 80GB, A800
 39.38 A100 40GB
-44.34 A40
 23.49 A30
+nvidia, data centre, Ampere 8.6
+44.34 A40
 21.98 A10, A10G
 14.54 A16, A2
-nvidia, data centre, Turing
+nvidia, data centre, Turing 7.5
 14.56 T4
-nvidia, data centre, Volta
+nvidia, data centre, Volta 7.0
 15.77 V100 16GB
 31.73 V100 32GB
-nvidia, data centre, Pascal
+nvidia, data centre, Pascal 6.0
 15.89 P100
+nvidia, data centre, Pascal 6.1
 23.87 P40
 7.43 P4
-nvidia, workstation, Blackwell
+nvidia, workstation, Blackwell 12.0
 94.97 RTX PRO 6000
 47.30 RTX PRO 5000
 31.34 RTX PRO 4500
 23.40 RTX PRO 4000
+nvidia, workstation, Blackwell 12.1
 119.60 GB10 = DGX Spark
-nvidia, workstation, Ada
+nvidia, workstation, Ada 8.9
 47.37 RTX 6000 Ada = RTX 6000
 31.49 RTX 5000 Ada
 23.50 RTX 4500 Ada
 19.54 RTX 4000 Ada
 15.57 RTX 2000 Ada
-nvidia, workstation, Ampere
+nvidia, workstation, Ampere 8.6
 47.41 RTX A6000
 23.56 RTX A5000, RTX A5500
 19.57 RTX A4500
 15.62 RTX A4000
 11.63 RTX A2000 12GB
 5.67 RTX A2000 6GB
-nvidia, workstation, Turing
+nvidia, workstation, Turing 7.5
 47.25 Quadro RTX 8000
 23.45 Quadro RTX 6000
 15.55 Quadro RTX 5000
-nvidia, consumer, Blackwell
+nvidia, consumer, Blackwell 12.0
 31.36 RTX 5090
 23.40 RTX 5090 Laptop
 15.47 RTX 5080, RTX 5070 Ti, RTX 5060 Ti 16GB, RTX 5080 Laptop
 11.49 RTX 5070, RTX 5070 Ti Laptop
 7.53 RTX 5060 Ti 8GB, RTX 5060, RTX 5050, RTX 5070 Laptop, RTX 5060 Laptop, RTX 5050 Laptop
-nvidia, consumer, Ada
+nvidia, consumer, Ada 8.9
 23.64 RTX 4090, RTX 4090 D
 15.57 RTX 4080, RTX 4080 Super, RTX 4070 Ti Super, RTX 4060 Ti 16GB, RTX 4090 Laptop
 11.61 RTX 4070, RTX 4070 Super, RTX 4070 Ti, RTX 4080 Laptop
 7.63 RTX 4060 Ti 8GB, RTX 4060, RTX 4070 Laptop, RTX 4060 Laptop
 5.64 RTX 4050 Laptop
-nvidia, consumer, Ampere
+nvidia, consumer, Ampere 8.6
 23.56 RTX 3090, RTX 3090 Ti
 15.64 RTX 3080 Ti Laptop, RTX 3080 Laptop 16GB
 11.63 RTX 3060 12GB, RTX 3080 Ti
@@ -109,16 +118,16 @@ nvidia, consumer, Ampere
 7.66 RTX 3070, RTX 3070 Ti, RTX 3060 Ti, RTX 3060 8GB, RTX 3050 8GB, RTX 3080 Laptop 8GB, RTX 3070 Laptop
 5.67 RTX 3050 6GB, RTX 3060 Laptop
 3.68 RTX 3050 Laptop
-nvidia, consumer, Turing
+nvidia, consumer, Turing 7.5
 23.46 Titan RTX
 10.57 RTX 2080 Ti
 7.61 RTX 2080 Super, RTX 2080, RTX 2070 Super, RTX 2070, RTX 2060 Super
 5.61 RTX 2060 6GB, GTX 1660 Ti, GTX 1660 Super, GTX 1660
 11.55 RTX 2060 12GB
 3.63 GTX 1650
-nvidia, consumer, Volta
+nvidia, consumer, Volta 7.0
 11.77 Titan V
-nvidia, consumer, Pascal
+nvidia, consumer, Pascal 6.1
 11.90 Titan Xp
 10.90 GTX 1080 Ti
 7.92 GTX 1080, GTX 1070 Ti, GTX 1070
@@ -185,15 +194,18 @@ def gpus() -> tuple[Gpu, ...]:
     """The table, in order."""
     found: list[Gpu] = []
     vendor, tier, generation = "", "", ""
+    capability: str | None = None
     for line in _TABLE.strip().splitlines():
         if not line[0].isdigit():
             vendor, tier, generation = line.split(", ")
+            generation, _, capability = generation.rpartition(" ") if vendor == "nvidia" else (generation, "", None)
             continue
         size, _, names = line.partition(" ")
         for entry in names.split(", "):
             name, *aliases = entry.split(" = ")
             memory = int(float(size) * GiB)
-            found.append(Gpu(name, memory, cast(Vendor, vendor), cast(Tier, tier), generation, tuple(aliases)))
+            kind = cast(Vendor, vendor), cast(Tier, tier), generation
+            found.append(Gpu(name, memory, *kind, tuple(aliases), capability))
     for chip in _APPLE.split(";"):
         name, sizes = re.findall(r"(M\d(?: [A-Z]\w+)?) ([\d ]+)", chip)[0]
         for gb in map(int, sizes.split()):
@@ -243,7 +255,7 @@ def local_gpu() -> tuple[Gpu, str | None]:
         ).stdout
         name, *sizes = (field.strip() for field in out.splitlines()[0].split(","))
         total, reserved, used = (int(s) if s.isdigit() else 0 for s in sizes)
-        gpu = Gpu(f"{printable(name, 60)} (local)", (total - reserved) * MiB, "nvidia")
+        gpu = Gpu(f"{printable(name, 60)} (local)", (total - reserved) * MiB, "nvidia", capability=_capability(name))
         if gpu.memory_bytes <= 0:
             raise ValueError(out)
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
@@ -251,6 +263,11 @@ def local_gpu() -> tuple[Gpu, str | None]:
         raise HfvramError("no_gpu", message) from None
     in_use = f"{gib(used * MiB)} of {gpu.name} is in use now" if used > 256 else None
     return gpu, in_use
+
+
+def _capability(name: str) -> str | None:
+    named = _index().get(_parts(name)[0], ())
+    return named[0].capability if named else None
 
 
 def recommend(device_bytes: int) -> tuple[Gpu, ...]:

@@ -58,3 +58,9 @@ def in_numbers(tag: Tag, total: int, count: int, symbols: dict[str, int]) -> str
     if not tag.formula or product != total:
         return f"{times}{tag.formula}"
     return f"{times}{tag.formula} = {times}{'·'.join(f'{v:,}' for v in values)}"
+
+
+def derived(found: tuple[Item, ...]) -> tuple[Item, ...]:
+    """The items of a run on a GPU that was not measured: its kernels and workspaces follow PyTorch's source alone."""
+    kinds = ("activations", "workspace")
+    return tuple(replace(item, certainty="derived") if item.category in kinds else item for item in found)

@@ -9,7 +9,7 @@ from hfvram.answer.facts import facts, guide_items
 from hfvram.answer.fit import judge
 from hfvram.answer.gpus import Gpu, find_gpu, recommend
 from hfvram.answer.interval import interval
-from hfvram.answer.items import items
+from hfvram.answer.items import derived, items
 from hfvram.answer.resolve import resolve
 from hfvram.answer.supported import check
 from hfvram.errors import HfvramError
@@ -91,13 +91,15 @@ def understand(checkpoint: Checkpoint, request: Request, token: str | None = Non
 
 def answer(model: Model, asked: Request) -> Estimate:
     """The estimate of a model that was read already, with the verdict where a GPU is named."""
+    gpu, note = find_gpu(asked.gpu) if asked.gpu else (None, None)
+    if gpu and not asked.compute_capability:
+        asked = asked.with_(compute_capability=gpu.capability)
     found = estimate_of(model, asked)
     notes: list[str] = []
     if asked.recommend:
         recommended = (Recommended(gpu=g.name, capacity_bytes=g.memory_bytes) for g in recommend(found.device_bytes))
         found = replace(found, recommended=tuple(recommended))
-    if asked.gpu:
-        gpu, note = find_gpu(asked.gpu)
+    if gpu:
         notes += [note] if note else []
         fit, said = verdict(model, found, gpu)
         notes += said
@@ -160,7 +162,8 @@ def _simulated(model: Model, request: Request, notes: list[str]) -> Estimate:
     found = simulated(model, request)
     kernels = kernels_bytes(request.mode, request.fsdp is not None)
     device = device_bytes(found.reserved_bytes + found.managed_bytes, kernels)
-    estimate = _estimate(model, request, found.items, found.allocated_bytes, found.phase, notes)
+    stands = derived(found.items) if request.compute_capability else found.items
+    estimate = _estimate(model, request, stands, found.allocated_bytes, found.phase, notes)
     return replace(
         estimate,
         method="simulate",

@@ -1,9 +1,11 @@
-"""What a request leaves open, decided by the model: context, phase, dtypes; what goes against it is told."""
+"""What a request leaves open, decided by the model: context, phase, dtypes; what goes against it, and what was never
+measured, is told."""
 
 from hfvram.answer.supported import ON_LOADING
 from hfvram.errors import HfvramError
 from hfvram.memory.attention import implementation
 from hfvram.memory.forward import Forward
+from hfvram.memory.generation import MEASURED, generation
 from hfvram.memory.weights import DEQUANTIZED, packed_bits
 from hfvram.model.architecture import Architecture
 from hfvram.model.layers import Attention
@@ -43,6 +45,9 @@ def resolve(architecture: Architecture, request: Request) -> tuple[Request, list
         raise HfvramError("usage", f"--kv-dtype {request.kv_dtype} is not supported yet: {why}")
     if request.quant == "auto" and own != "none":
         warnings.append(_quantized(own))
+    capability = request.compute_capability or MEASURED
+    if capability != MEASURED and request.attention == "sdpa":
+        warnings.append(_derived(capability, dtype))
     if (gpus := _gpus(request)) > 1:
         warnings.append(f"per GPU: the first of {gpus}, which holds the most; NCCL's own memory is not counted")
     attention = _attention(architecture, request)
@@ -61,9 +66,17 @@ def resolve(architecture: Architecture, request: Request) -> tuple[Request, list
         quant=own if request.quant == "auto" and own in CHOICES["quant"] else request.quant,
         kv_dtype=dtype if dtype in CHOICES["kv_dtype"] else "auto",
         attention=attention,
+        compute_capability=None if capability == MEASURED else capability,
         gpus=gpus,
         method="formula" if request.method == "auto" else request.method,
     ), warnings
+
+
+def _derived(capability: str, dtype: str) -> str:
+    """What is said of a GPU on which nothing was measured."""
+    gpu = generation(capability)
+    said = f"attention kernels for {gpu.name} ({capability}) as PyTorch's source chooses them, not measured"
+    return f"{said}; none of them takes bf16, as --dtype fp16 would allow" if dtype == "bf16" and not gpu.bf16 else said
 
 
 def _gpus(request: Request) -> int:

@@ -165,8 +165,9 @@ def stored_tokens(part: Attention, past: int, new: int) -> int:
 def kernel(t: Timeline, f: Forward, part: Attention, joined: bool, masked: bool = False) -> tuple[int, int | None]:
     """The attention itself, with what its kernel needs beside its inputs.
 
-    On Hopper, PyTorch takes cuDNN (half precision, no mask, d ≤ 128), flash (d ≤ 256), memory-efficient (a mask, or
-    fp32) or the math path (fp32 with grouped queries); a mask makes transformers repeat the keys and values.
+    PyTorch takes cuDNN (half precision, no mask, d ≤ 128, on Hopper and the large Blackwell), flash (d ≤ 256, from
+    Ampere on), memory-efficient (a mask, or fp32) or the math path (fp32 with grouped queries; before Ampere those in
+    half precision and all of bf16); a mask makes transformers repeat the keys and values.
     Returns the output's handle, and the weights' for eager attention.
     """
     attended = f.static_length if f.static_length and f.past else stored_tokens(part, f.past, f.tokens)
@@ -187,8 +188,10 @@ def kernel(t: Timeline, f: Forward, part: Attention, joined: bool, masked: bool 
     native_groups = grouped and not masked and same_size
     broadcast = part.groups == "broadcast"
     copies = [t.alloc(n, REPEATED) for n in repeated] if grouped and not (native_groups or broadcast) else []
-    if (native_groups and not f.half) or (grouped and broadcast):
-        out = _math(t, f, part, q_bytes, repeated, square)
+    fused = f.half and f.gpu.flash
+    unfused = (native_groups and not fused) or (f.dtype == "bf16" and not f.gpu.bf16 and f.attention == "sdpa")
+    if unfused or (grouped and broadcast):
+        out = _math(t, f, part, q_bytes, repeated, square, masked)
     else:
         if part.relative_bias and f.tokens > 1:
             copies += _aligned_bias(t, f, part, attended)
@@ -196,10 +199,8 @@ def kernel(t: Timeline, f: Forward, part: Attention, joined: bool, masked: bool 
             copies += _bias(t, f, attended)
         out = t.alloc(out_bytes, OUT)
         t.moment(OUT, f.batch * part.heads * f.tokens * 4)  # log-sum-exp
-        if joined and not masked and f.half and part.head_dim <= 128 and f.tokens > 1:
-            contiguous = t.alloc(
-                out_bytes, OUT
-            )  # cuDNN's output has the layout of the queries, which rotation joined by a copy
+        if joined and f.gpu.cudnn_first and not masked and f.half and part.head_dim <= 128 and f.tokens > 1:
+            contiguous = t.alloc(out_bytes, OUT)  # cuDNN's lies as the queries do, which rotation joined by a copy
             t.free(out)
             out = contiguous
     t.free(*copies)
@@ -252,26 +253,34 @@ def _aligned_bias(t: Timeline, f: Forward, part: Attention, attended: int) -> li
     return [*masked, t.alloc(rows * (attended // 8 + 1) * 8, BIAS)]
 
 
-def _math(t: Timeline, f: Forward, part: Attention, q_bytes: int, repeated: list[int], square: int) -> int:
+def _math(
+    t: Timeline, f: Forward, part: Attention, q_bytes: int, repeated: list[int], square: int, masked: bool
+) -> int:
     """The math path, in fp32: two squares of scores, and a byte an element for rows that are masked whole."""
     wide = 4 // f.element_bytes
     queries = [t.alloc(q_bytes * wide, QUERY) for _ in range(wide)]
-    causal = [t.alloc(square // (f.batch * part.heads) * 4, BIAS)] if f.tokens > 1 else []
+    biased = masked or f.tokens > 1
+    mask_bytes = f.batch * f.element_bytes if masked else 4  # the causal one is made here, for every sequence
+    bias = [t.alloc(square // part.heads // f.batch * mask_bytes, BIAS)] if biased else []
     if part.groups != "broadcast":
-        keys = [t.alloc(n, REPEATED) for n in (*repeated, repeated[0])]
+        grouped = part.heads != part.kv_heads and not masked
+        shared = [n * part.kv_heads // part.heads if grouped else n for n in repeated]
+        cast = [n * wide for n in shared] if wide > 1 else []
+        copies = [n * wide for n in repeated] if grouped else []
+        keys = [t.alloc(n, REPEATED) for n in (*cast, *copies, repeated[0] * wide)]
     else:
         keys = [t.alloc(f.batch * part.kv_heads * part.head_dim * (f.past + f.tokens) * 4, REPEATED) for _ in range(3)]
     scores = t.alloc(square * 4, MATH)
     t.free(keys.pop())
-    if causal:
-        biased = t.alloc(square * 4, MATH)
+    if bias:
+        sums = t.alloc(square * 4, MATH)
         t.free(scores)
-        scores = biased
+        scores = sums
     weights = t.alloc(square * 4, MATH)
     t.moment(MATH, square)
     t.free(scores)
     heads_first = t.alloc(q_bytes * wide, OUT)
-    t.free(*keys, *queries, *causal, weights)
+    t.free(*keys, *queries, *bias, weights)
     out = t.alloc(q_bytes, OUT)
     t.free(heads_first)
     return out

@@ -2,6 +2,7 @@
 
 from hfvram.memory import inference, seq2seq
 from hfvram.memory.forward import ELEMENT_BYTES, Forward
+from hfvram.memory.generation import generation
 from hfvram.memory.timeline import Timeline
 from hfvram.memory.weights import standing
 from hfvram.model.architecture import Architecture
@@ -37,6 +38,7 @@ def timeline(architecture: Architecture, request: Request) -> Timeline:
         masked=request.padding,
         mask_of_ones=request.phase == "generate",
         quant=quant,
+        gpu=generation(request.compute_capability),
         static_length=ctx - 1 if request.cache == "static" and request.phase == "generate" else 0,
     )
     road = seq2seq if architecture.task == "seq2seq" else inference

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from hfvram.memory.generation import HOPPER, Generation
+
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -28,6 +30,8 @@ class Forward:
     """Tokens of the encoder's output, which cross attention reads."""
     static_length: int = 0
     """Tokens that a static cache holds, 0 for a dynamic one."""
+    gpu: Generation = HOPPER
+    """The GPU's generation, which decides about kernels."""
 
     @property
     def rows(self) -> int:

@@ -11,6 +11,7 @@ from hfvram.memory.attention import implementation, needs_mask, stored_tokens
 from hfvram.memory.blocks import HIDDEN, normalize
 from hfvram.memory.compressed import window
 from hfvram.memory.forward import Forward
+from hfvram.memory.generation import CUBLAS_SOURCE
 from hfvram.memory.hybrid import hybrid, is_hybrid, keeps_embedding, scales_embedding
 from hfvram.memory.mixers import feed, grow_cache, mix
 from hfvram.memory.repetition import Pattern, pattern, repeat
@@ -24,8 +25,7 @@ IDS = Tag("token ids, mask and positions", "inputs", "b·s·8", GENERATE)
 ANGLES = Tag("rotary angles", "activations", "b·s·d·e", "transformers 5.17: LlamaRotaryEmbedding.forward")
 MASK = Tag("attention mask", "activations", "b·s·t", "transformers 5.17: masking_utils.py")
 LOGITS = Tag("logits", "activations", "b·V·e", GENERATE)
-WORKSPACE = Tag("cuBLAS workspace", "workspace", "", "PyTorch 2.11: CublasHandlePool.cpp, 32 MiB on Hopper")
-CUBLAS_BYTES = 32 << 20
+WORKSPACE = Tag("cuBLAS workspace", "workspace", "", CUBLAS_SOURCE)
 
 
 def generate(t: Timeline, architecture: Architecture, f: Forward, new_tokens: int) -> None:
@@ -51,7 +51,7 @@ def prefill(t: Timeline, architecture: Architecture, f: Forward) -> list[list[in
     t.symbols = symbols(architecture, f)
     t.mark("prefill")
     t.alloc(3 * f.batch * f.tokens * 8, IDS)
-    t.alloc(CUBLAS_BYTES, WORKSPACE)
+    t.alloc(f.gpu.cublas_bytes, WORKSPACE)
     forward(t, architecture, f, caches)
     _count_cache(t, caches)
     return caches
@@ -63,7 +63,7 @@ def encode(t: Timeline, architecture: Architecture, f: Forward) -> None:
     f = replace(f, use_cache=architecture.generates_cache)
     t.mark("encode")
     t.alloc(f.batch * f.tokens * 8, IDS)
-    t.alloc(CUBLAS_BYTES, WORKSPACE)
+    t.alloc(f.gpu.cublas_bytes, WORKSPACE)
     forward(t, architecture, f, [[] for _ in architecture.text.layers])
 
 

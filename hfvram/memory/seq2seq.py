@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from hfvram.memory.blocks import HIDDEN, normalize
 from hfvram.memory.forward import Forward
-from hfvram.memory.inference import CUBLAS_BYTES, IDS, MASK, WORKSPACE, forward, layer_width, run_layer, symbols
+from hfvram.memory.inference import IDS, MASK, WORKSPACE, forward, layer_width, run_layer, symbols
 from hfvram.memory.timeline import Tag, Timeline
 from hfvram.model.architecture import Architecture, Stack
 
@@ -54,7 +54,7 @@ def encode(t: Timeline, architecture: Architecture, f: Forward) -> None:
     t.symbols = symbols(architecture, f)
     t.mark("encode")
     held, hidden = (_listen if stack.tokens else _read)(t, f, architecture, stack)
-    t.alloc(CUBLAS_BYTES, WORKSPACE)
+    t.alloc(f.gpu.cublas_bytes, WORKSPACE)
     if f.masked and not stack.tokens:
         held.append(t.alloc(f.rows * f.tokens, MASK))
     left: list[int] = []

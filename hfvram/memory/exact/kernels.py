@@ -1,7 +1,8 @@
 """CUDA where the meta device differs: which attention kernel runs, what it keeps, and dropout's masks.
 
 A function mode above the dispatcher: what it replaces never reaches the meta kernels. Source: PyTorch 2.11,
-transformers/cuda/sdp_utils.cpp and cudnn/MHA.cpp; what is not said there was measured on an H100 (fixtures/measured).
+transformers/cuda/sdp_utils.cpp and cudnn/MHA.cpp; what is not said there was measured on an H100 (fixtures/measured),
+so that other generations of GPUs (`memory/generation.py`) are derived.
 """
 
 import math
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from hfvram.memory.exact.autocast import Autocast
+from hfvram.memory.generation import HOPPER, Generation
 
 Kernel = Literal["cudnn", "flash", "efficient"]
 HALF = (torch.bfloat16, torch.float16)
@@ -90,22 +92,41 @@ def _fp32(like: Any, *shape: int) -> Any:
     return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
-def kernel_for(q: Any, k: Any, v: Any, mask: Any, gqa: bool, hopper: bool = True) -> Kernel | None:
+def kernel_for(
+    q: Any, k: Any, v: Any, mask: Any, gqa: bool, gpu: Generation = HOPPER, dropout: float = 0.0
+) -> Kernel | None:
     """The kernel that PyTorch picks, None for the math path.
 
-    A mask that needs a gradient and heads that differ without `enable_gqa` leave only math; half precision without a
-    mask takes cuDNN on Hopper and Blackwell up to heads of 128, else flash up to 256; the rest is efficient.
+    A mask that needs a gradient and heads that differ without `enable_gqa` leave only math. Half precision without a
+    mask takes cuDNN where it stands first (heads of up to 128), else flash (up to 256); the rest is efficient, where it
+    takes the dtype and the head size.
     """
     if q.dim() != 4 or (mask is not None and mask.requires_grad):
         return None
     half = q.dtype in HALF
+    if q.dtype == torch.bfloat16 and not gpu.bf16:
+        return None
     grouped = not q.shape[1] == k.shape[1] == v.shape[1]
-    if grouped and not (gqa and half and mask is None):
+    if grouped and not (gqa and half and mask is None and gpu.flash):
         return None
     d = q.shape[-1]
     if half and mask is None and d == v.shape[-1] and d <= 256:
-        return "cudnn" if hopper and d <= 128 and d % 8 == 0 else "flash"
-    return "efficient"
+        if gpu.cudnn_first and d <= 128 and d % 8 == 0:
+            return "cudnn"
+        if gpu.flash and (not gpu.narrow_backward or _trains_narrow(q, k, v, dropout)):
+            return "flash"
+        if grouped:
+            return None
+    alignment = gpu.alignment[0 if half else 1]
+    return None if d % alignment or v.shape[-1] % alignment else "efficient"
+
+
+def _trains_narrow(q: Any, k: Any, v: Any, dropout: float) -> bool:
+    """Whether flash attention runs where its backward has less shared memory than it wants: its own condition."""
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
+        return True
+    d = q.shape[-1]
+    return d <= 192 or (d > 224 and not dropout)
 
 
 _sdpa = F.scaled_dot_product_attention
@@ -120,15 +141,15 @@ def attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-    hopper: bool = True,
+    gpu: Generation = HOPPER,
 ) -> Any:
     """`scaled_dot_product_attention` as CUDA runs it; tensors that are not on meta are left to PyTorch."""
     if q.device.type != "meta":
         return _sdpa(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    kernel = kernel_for(q, k, v, attn_mask, enable_gqa, hopper)
+    kernel = kernel_for(q, k, v, attn_mask, enable_gqa, gpu, dropout_p)
     if kernel is None:
         if dropout_p:
-            return _math_with_dropout(q, k, v, attn_mask, dropout_p, scale)
+            return _math_with_dropout(q, k, v, attn_mask, dropout_p, is_causal, scale)
         return _sdpa(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     d = q.shape[-1]
     if kernel == "flash" and d % 8:
@@ -145,10 +166,16 @@ def _bias(mask: Any, q: Any) -> Any:
     return bias
 
 
-def _math_with_dropout(q: Any, k: Any, v: Any, mask: Any, p: float, scale: float | None) -> Any:
+def _math_with_dropout(q: Any, k: Any, v: Any, mask: Any, p: float, causal: bool, scale: float | None) -> Any:
     """The math path spelled out: inside it meta takes dropout apart, where CUDA has one kernel with a mask."""
     dtype = q.dtype
     q, k, v = (x.float() if x.dtype in HALF else x for x in (q, k, v))
+    if causal:
+        mask = torch.ones((q.shape[2], k.shape[2]), dtype=torch.bool, device=q.device).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.empty_like(mask, dtype=q.dtype)
+    if (groups := q.shape[1] // k.shape[1]) > 1:
+        k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
     factor = math.sqrt(scale if scale is not None else 1 / math.sqrt(q.shape[-1]))
     weights = torch.matmul(q * factor, (k * factor).transpose(-2, -1))
     weights = torch.softmax(weights, -1) if mask is None else torch._safe_softmax(weights.add_(mask), -1)
@@ -158,17 +185,17 @@ def _math_with_dropout(q: Any, k: Any, v: Any, mask: Any, p: float, scale: float
 class CudaBehaviour(TorchFunctionMode):  # type: ignore[misc]
     """The mode: attention, dropout (one boolean a value), and autocast where it is on."""
 
-    def __init__(self, autocast: Autocast, hopper: bool = True) -> None:
+    def __init__(self, autocast: Autocast, gpu: Generation = HOPPER) -> None:
         super().__init__()
         self.autocast = autocast
-        self.hopper = hopper
+        self.gpu = gpu
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name == "scaled_dot_product_attention":
             args, kwargs = self.autocast.lowered(args, kwargs)
-            return attention(*args, **{**kwargs, "hopper": self.hopper})
+            return attention(*args, **{**kwargs, "gpu": self.gpu})
         if name == "dropout" and func is not torch.dropout_:
             return _dropout(*args, **kwargs)
         return self.autocast.call(func, name, args, kwargs)

@@ -11,6 +11,7 @@ from torch.nn.modules import module as hooks
 from hfvram.memory.exact.autocast import Autocast
 from hfvram.memory.exact.kernels import CudaBehaviour
 from hfvram.memory.exact.tracker import Tracker
+from hfvram.memory.generation import HOPPER, Generation
 from hfvram.memory.timeline import Standing, Timeline
 
 
@@ -21,12 +22,14 @@ class Run:
     timeline: Timeline = field(default_factory=lambda: Timeline(Standing(())))
     tracker: Tracker = field(init=False)
     autocast: Autocast = field(default_factory=Autocast)
-    hopper: bool = True
+    gpu: Generation = HOPPER
+    """What of CUDA's choices depends on the GPU."""
     mesh: Any = None
     """The ranks, where there are several."""
 
     def __post_init__(self) -> None:
         self.tracker = Tracker(self.timeline)
+        self.tracker.cublas_bytes = self.gpu.cublas_bytes
 
     def stands(self) -> None:
         """The model is built (or adapted): what is unused is given back, and the peaks start anew."""
@@ -49,7 +52,7 @@ class Run:
         handles = [hooks.register_module_forward_pre_hook(enter)]
         handles.append(hooks.register_module_forward_hook(leave, always_call=True))
         try:
-            with CudaBehaviour(self.autocast, self.hopper), self.tracker:
+            with CudaBehaviour(self.autocast, self.gpu), self.tracker:
                 yield
         finally:
             for handle in handles:

@@ -15,6 +15,7 @@ from hfvram.memory.exact.inference import infer
 from hfvram.memory.exact.quantized import quantize
 from hfvram.memory.exact.run import Run
 from hfvram.memory.exact.state_space import fused
+from hfvram.memory.generation import generation
 from hfvram.memory.timeline import Timeline
 from hfvram.request import Request
 
@@ -29,7 +30,7 @@ def simulate(config: Mapping[str, Any], class_name: str | None, request: Request
     transformers.logging.set_verbosity_error()
     try:
         with warnings.catch_warnings(action="ignore"):
-            run = Run()
+            run = Run(gpu=generation(request.compute_capability))
             with ranks_of(run, request):
                 _simulate(run, config, class_name, request)
             return run.timeline

@@ -8,18 +8,17 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hfvram.memory.exact.data_dependent import ANSWERS, NOTES, forget, scalar
 from hfvram.memory.exact.meta_kernels import MetaKernels
+from hfvram.memory.generation import CUBLAS_SOURCE, HOPPER
 from hfvram.memory.timeline import Category, Tag, Timeline
 
 aten = torch.ops.aten
-CUBLAS_BYTES = 32 << 20
-"""cuBLAS's workspace on Hopper, one for each thread that multiplies: the forward's, and autograd's."""
 CUBLASLT_BYTES = 1 << 20
 """cuBLASLt's, which products with a bias use, one for each thread too. Source: PyTorch 2.11, CUDABlas.cpp."""
-CUBLAS = Tag("cuBLAS workspace", "workspace", "32 MiB on Hopper, one a thread", "PyTorch 2.11: CublasHandlePool.cpp")
+CUBLAS = Tag("cuBLAS workspace", "workspace", "one for each thread that multiplies", CUBLAS_SOURCE)
 CUBLASLT = Tag("cuBLASLt workspace", "workspace", "1 MiB, one a thread", "PyTorch 2.11: CUDABlas.cpp")
 MATRIX_PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.addbmm, aten._grouped_mm, aten._scaled_mm}
-TELLING = {aten.all, aten.eq}
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
@@ -60,9 +59,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
 
     `category` is what new storages are; `module` names what runs; `stream` is whose pool serves.
 
-    Answers what meta tensors can't: whether a mask is all ones (`all`, or `sum() == numel()`) is whether the input is
-    `unpadded`; more dimensions are activations, all finite; any other boolean is False and a number 0. So code that
-    depends on data takes the path of ordinary, balanced input.
+    What meta tensors can't tell is assumed (`data_dependent`), of an input that is `unpadded` or not.
     """
 
     def __init__(self, timeline: Timeline, device: str = "meta") -> None:
@@ -75,8 +72,10 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
         self.backward = False
         self.unpadded = True
         self.told: dict[int, bool] = {}
+        self.assumed: dict[int, float] = {}
         self.live: dict[int, tuple[int, Any]] = {}
         self.workspaces: set[object] = set()
+        self.cublas_bytes = HOPPER.cublas_bytes
         self.kernels = MetaKernels()
         self._tags: dict[tuple[str, Category], Tag] = {}
 
@@ -85,27 +84,26 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
             return NotImplemented  # a DTensor runs its operators on its local tensors, and those are seen
         operator = func._overloadpacket
         if operator is aten._local_scalar_dense:
-            return self._scalar(func, args[0])
+            return scalar(self, args[0]) if args[0].device.type == "meta" else func(*args)
         if operator is aten.equal:
             return True
         if operator is aten.copy_ and args[0].device.type != "meta" and args[1].device.type == "meta":
             return args[0]  # nothing can be read from meta: what was there stays (DDP's order of buckets)
         if operator in MATRIX_PRODUCTS:
             self.workspace("backward" if self.backward else "forward", operator is aten.addmm and args[0].dim() == 1)
-        out = self.kernels(func, args, kwargs or {})
+        out = NotImplemented
+        if (answer := ANSWERS.get(operator)) is not None and args[0].device.type == "meta":
+            out = answer(self, func, args, kwargs or {})
+        if out is NotImplemented:
+            out = self.kernels(func, args, kwargs or {})
         self.see(out)
-        if operator in TELLING and out.numel() == 1 and (handle := self.add(out)) is not None:
-            self.told[handle] = self.unpadded or (operator is aten.all and args[0].dim() > 2)
+        if self.assumed and self.kernels.kinds.get(func) == "in place":
+            forget(self, args[0])
+        if (note := NOTES.get(operator)) is not None:
+            note(self, args, out)
         if scratch := scratch_bytes(operator, args):
             self.timeline.moment(self.tag("kernel scratch"), *scratch)
         return out
-
-    def _scalar(self, func: Any, tensor: Any) -> Any:
-        if tensor.device.type != "meta":
-            return func(tensor)
-        if tensor.dtype == torch.bool:
-            return self.told.get(self.add(tensor) or 0, False)
-        return 0.0 if tensor.dtype.is_floating_point else 0
 
     def see(self, out: Any) -> None:
         """Register the storages of an operator's outputs."""
@@ -159,7 +157,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
         timeline = self.timeline
         for written in (timeline.events, timeline.sizes, timeline.tags, timeline.marks, timeline.restarts):
             written.clear()
-        for known in (self.live, self.told, timeline.streams):
+        for known in (self.live, self.told, self.assumed, timeline.streams):
             known.clear()
         before, self.category = self.category, "weights"
         for tensor in tensors:
@@ -174,7 +172,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
         """The workspaces of matrix products, which stay once a thread has one."""
         if thread not in self.workspaces:
             self.workspaces.add(thread)
-            self.timeline.alloc(CUBLAS_BYTES, CUBLAS)
+            self.timeline.alloc(self.cublas_bytes, CUBLAS)
         if biased and (thread, "Lt") not in self.workspaces:
             self.workspaces.add((thread, "Lt"))
             self.timeline.alloc(CUBLASLT_BYTES, CUBLASLT)

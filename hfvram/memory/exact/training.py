@@ -185,7 +185,7 @@ def recomputing(run: Run) -> Iterator[None]:
     enter, leave = hook.__enter__, hook.__exit__
 
     def entered(self: Any) -> Any:
-        self.behaviour = CudaBehaviour(run.autocast, run.hopper)
+        self.behaviour = CudaBehaviour(run.autocast, run.gpu)
         self.behaviour.__enter__()
         return enter(self)
 
