@@ -3,42 +3,18 @@
 Source: transformers 5.17, models/dbrx/{modeling, configuration}_dbrx.py.
 """
 
-from hfvram.model.architecture import Architecture, Stack
+from hfvram.model.architecture import Architecture
 from hfvram.model.config import Config
 from hfvram.model.families import blocks
-from hfvram.model.families.common import causal_head, dtype_of, max_positions
-from hfvram.model.families.defaults import class_of, known, prefix_of, section
+from hfvram.model.families.decoder import decoder
+from hfvram.model.families.defaults import known, section
 from hfvram.model.layers import Layer, MixtureOfExperts, Param, Rotary, linear, norm
 
 
 def read(config: Config, class_name: str | None) -> Architecture:
     config = known(config)
-    class_name = class_of(config, class_name)
-    prefix = prefix_of(config, class_name)
-    hidden, vocab = config.size("hidden_size"), config.size("vocab_size")
-    head, tied = causal_head(config, class_name, hidden, vocab)
-    stack = Stack(
-        name="text",
-        prefix=f"{prefix}blocks",
-        hidden_size=hidden,
-        before=blocks.embedding(f"{prefix}wte", vocab, hidden),
-        layers=(layer(config, hidden),) * config.layers("num_hidden_layers"),
-        after=norm(f"{prefix}norm_f", hidden),
-    )
-    return Architecture(
-        model_type=config.model_type,
-        class_name=class_name,
-        task="causal",
-        stacks=(stack,),
-        main="text",
-        vocab_size=vocab,
-        hidden_size=hidden,
-        max_positions=max_positions(config),
-        dtype=dtype_of(config),
-        head=head,
-        tied_head=tied,
-        final_norm="layer",
-    )
+    layers = (layer(config, config.size("hidden_size")),) * config.layers("num_hidden_layers")
+    return decoder(config, class_name, layers, module="blocks", embed="wte", final="norm_f", final_norm="layer")
 
 
 def layer(config: Config, hidden: int) -> Layer:

@@ -17,39 +17,59 @@ def decoder(
     class_name: str | None,
     layers: Iterable[Layer],
     *,
+    module: str = "layers",
     embed: str = "embed_tokens",
     final: str = "norm",
     **facts: Any,
 ) -> Architecture:
     """The model of `class_name`, or of the configuration's own class, with these layers.
 
-    `embed` and `final` are transformers' names of the embedding and the last RMSNorm, `facts` more of `Architecture`.
+    `module`, `embed` and `final` are transformers' names of the layers, the embedding and the last norm, which has no
+    bias; `facts` more of `Architecture`.
     """
     class_name = class_of(config, class_name)
     prefix = prefix_of(config, class_name)
-    hidden, vocab = config.size("hidden_size"), config.size("vocab_size")
-    head, tied = causal_head(config, class_name, hidden, vocab)
+    hidden = config.size("hidden_size")
     stack = Stack(
         name="text",
-        prefix=f"{prefix}layers",
+        prefix=f"{prefix}{module}",
         hidden_size=hidden,
-        before=embedding(f"{prefix}{embed}", vocab, hidden),
+        before=embedding(f"{prefix}{embed}", config.size("vocab_size"), hidden),
         layers=tuple(layers),
         after=norm(f"{prefix}{final}", hidden),
     )
+    return around(config, class_name, stack, **facts)
+
+
+def around(
+    config: Config,
+    class_name: str,
+    stack: Stack,
+    *,
+    head_width: int | None = None,
+    head_bias: bool = False,
+    token_head: str = "score",
+    **facts: Any,
+) -> Architecture:
+    """The model whose one stack this is, with the head of its class; `facts` are more of `Architecture`, and win.
+
+    `head_width` is the head's input where it isn't the stack's width, `token_head` the name of a token classifier.
+    """
+    vocab = config.size("vocab_size")
+    width = head_width or stack.hidden_size
+    head, tied = causal_head(config, class_name, width, vocab, head_bias, token_head)
+    values: dict[str, Any] = {"model_type": config.model_type, "dtype": dtype_of(config)}
     return Architecture(
-        model_type=config.model_type,
         class_name=class_name,
         task="causal",
         stacks=(stack,),
-        main="text",
+        main=stack.name,
         vocab_size=vocab,
-        hidden_size=hidden,
+        hidden_size=stack.hidden_size,
         max_positions=max_positions(config),
-        dtype=dtype_of(config),
         head=head,
         tied_head=tied,
-        **facts,
+        **(values | facts),
     )
 
 

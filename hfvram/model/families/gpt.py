@@ -12,7 +12,8 @@ from hfvram.errors import HfvramError
 from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.config import Config
 from hfvram.model.families import blocks
-from hfvram.model.families.common import causal_head, dtype_of, max_positions, rotary
+from hfvram.model.families.common import rotary
+from hfvram.model.families.decoder import around
 from hfvram.model.families.defaults import class_of, known, prefix_of
 from hfvram.model.layers import FeedForward, Layer, Param, Rotary, norm
 
@@ -42,12 +43,8 @@ def read(config: Config, class_name: str | None) -> Architecture:
 def whole(config: Config, class_name: str | None, decoders: Mapping[str, Build]) -> Architecture:
     """The model around the decoder that its type builds."""
     class_name = class_of(config, class_name)
-    prefix, vocab = prefix_of(config, class_name), config.size("vocab_size")
-    hidden = config.size("n_embed", "hidden_size")
+    prefix, hidden = prefix_of(config, class_name), config.size("n_embed", "hidden_size")
     decoder = decoders[config.model_type](config, hidden)
-    head, tied = causal_head(
-        config, class_name, decoder.head_width or hidden, vocab, decoder.head_bias, token_head=decoder.token_head
-    )
     stack = Stack(
         name="text",
         prefix=f"{prefix}{decoder.module}",
@@ -56,18 +53,13 @@ def whole(config: Config, class_name: str | None, decoders: Mapping[str, Build])
         layers=decoder.layers,
         after=tuple(replace(p, name=prefix + p.name) for p in decoder.after),
     )
-    return Architecture(
-        model_type=config.model_type,
-        class_name=class_name,
-        task="causal",
-        stacks=(stack,),
-        main="text",
-        vocab_size=vocab,
-        hidden_size=hidden,
-        max_positions=max_positions(config),
-        dtype=dtype_of(config),
-        head=head,
-        tied_head=tied,
+    return around(
+        config,
+        class_name,
+        stack,
+        head_width=decoder.head_width,
+        head_bias=decoder.head_bias,
+        token_head=decoder.token_head,
         final_norm="layer",
     )
 

@@ -11,7 +11,8 @@ from hfvram.errors import HfvramError, printable
 from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.config import Config
 from hfvram.model.families import blocks
-from hfvram.model.families.common import causal_head, dtype_of, head_sizes, max_positions, rotary
+from hfvram.model.families.common import head_sizes, rotary
+from hfvram.model.families.decoder import around
 from hfvram.model.families.defaults import class_of, known, prefix_of
 from hfvram.model.families.styles import STYLES, Style, flag, rope_layers, windows
 from hfvram.model.layers import Attention, FeedForward, Layer, Mixer, MixtureOfExperts, Param, Rotary, norm
@@ -30,20 +31,11 @@ def read(config: Config, class_name: str | None) -> Architecture:
 def decoder(config: Config, class_name: str, text: Stack) -> Architecture:
     """A text model of one stack, with the head of its class."""
     style = style_of(config)
-    hidden, vocab = config.size("hidden_size"), config.size("vocab_size")
-    head, tied = causal_head(config, class_name, hidden, vocab, flag(config, style.head_bias))
-    return Architecture(
-        model_type=config.model_type,
-        class_name=class_name,
-        task="causal",
-        stacks=(text,),
-        main=text.name,
-        vocab_size=vocab,
-        hidden_size=hidden,
-        max_positions=max_positions(config),
-        dtype=dtype_of(config),
-        head=head,
-        tied_head=tied,
+    return around(
+        config,
+        class_name,
+        text,
+        head_bias=flag(config, style.head_bias),
         final_norm=style.norm,
         logits_softcap=bool(config.number("final_logit_softcapping", default=0.0)),
     )

@@ -33,11 +33,7 @@ def text_stack(config: Config, prefix: str) -> Stack:
     """The stack of a nested text configuration, its tensors named under `prefix`."""
     if (module := _MODULE_OF.get(config.model_type)) is None:
         raise HfvramError("unknown_architecture", f"text model {printable(config.model_type, 40)!r} is not known")
-    family = import_module(f"hfvram.model.families.{module}")
-    if module == "qwen3_next":
-        hybrid: Stack = family.decoder(config, prefix, config.size("hidden_size"), config.size("vocab_size"))
-        return hybrid
-    stack: Stack = family.stack(config, prefix)
+    stack: Stack = import_module(f"hfvram.model.families.{module}").stack(config, prefix)
     return stack
 
 

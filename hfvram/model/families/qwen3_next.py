@@ -17,9 +17,10 @@ from hfvram.model.families.blocks import (
     gated_mlp,
     others,
 )
-from hfvram.model.families.common import causal_head, dtype_of, head_sizes, max_positions, rotary
-from hfvram.model.families.decoder import hybrid_kinds
+from hfvram.model.families.common import dtype_of, head_sizes, rotary
+from hfvram.model.families.decoder import around, hybrid_kinds
 from hfvram.model.families.defaults import class_of, known, prefix_of, section
+from hfvram.model.families.multimodal import wrapper
 from hfvram.model.families.qwen_vl import vision_3
 from hfvram.model.layers import (
     Attention,
@@ -51,28 +52,17 @@ def read(config: Config, class_name: str | None) -> Architecture:
             "unknown_architecture",
             f"{printable(class_name, 60)} needs a text_config and a vision_config, which {config.model_type} has not",
         )
-    towers = (vision(section(config, "vision_config"), f"{prefix}visual."),) if whole else ()
-    hidden, vocab = text.size("hidden_size"), text.size("vocab_size")
-    # A multimodal configuration ties by its own key, not by its text's.
-    head, tied = causal_head(config if whole else text, class_name, hidden, vocab)
-    if class_name.endswith("ForConditionalGeneration") and not tied:
-        head = linear("lm_head", hidden, vocab, kind="head")
-    return Architecture(
-        model_type=config.model_type,
-        class_name=class_name,
-        task="causal",
-        stacks=(*towers, decoder(text, f"{prefix}language_model." if whole else prefix, hidden, vocab)),
-        main="text",
-        vocab_size=vocab,
-        hidden_size=hidden,
-        max_positions=max_positions(text),
-        dtype=dtype_of(config),
-        head=head,
-        tied_head=tied,
-    )
+    if not whole:
+        alone = stack(text, prefix)
+        return around(text, class_name, alone, model_type=config.model_type, dtype=dtype_of(config))
+    tower = vision(section(config, "vision_config"), f"{prefix}visual.")
+    return wrapper(config, class_name, text, (tower, stack(text, f"{prefix}language_model.")))
 
 
-def decoder(config: Config, prefix: str, hidden: int, vocab: int) -> Stack:
+def stack(config: Config, prefix: str) -> Stack:
+    """The text stack under `prefix`."""
+    hidden = config.size("hidden_size")
+
     @cache
     def layer(kind: str, routes: bool) -> Layer:
         return Layer(
@@ -90,7 +80,7 @@ def decoder(config: Config, prefix: str, hidden: int, vocab: int) -> Stack:
         name="text",
         prefix=f"{prefix}layers",
         hidden_size=hidden,
-        before=embedding(f"{prefix}embed_tokens", vocab, hidden),
+        before=embedding(f"{prefix}embed_tokens", config.size("vocab_size"), hidden),
         layers=tuple(layer(kind, i in routes) for i, kind in enumerate(kinds)),
         after=norm(f"{prefix}norm", hidden),
     )
