@@ -46,6 +46,7 @@ class Request:
     attention: str = "sdpa"
     kernels: str = "fused"
     compute_capability: str | None = None
+    expandable_segments: bool = False
     optimizer: str = "adamw_torch_fused"
     mixed_precision: str = "no"
     gradient_checkpointing: bool = False

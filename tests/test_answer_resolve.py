@@ -132,3 +132,7 @@ def test_the_generation_is_hoppers_unless_named_and_another_is_told() -> None:
     assert "--dtype fp16" in resolve(model(), Request(compute_capability="7.5"))[1][0]
     assert "--dtype" not in resolve(model(), Request(compute_capability="7.5", dtype="fp16"))[1][0]
     assert resolve(model(), Request(compute_capability="8.9", attention="eager"))[1] == []
+
+
+def test_expandable_segments_are_told_not_to_be_measured() -> None:
+    assert "not measured" in resolve(model(), Request(expandable_segments=True))[1][0]

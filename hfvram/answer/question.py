@@ -143,7 +143,7 @@ def estimate_of(model: Model, asked: Request) -> Estimate:
     if request.method == "simulate":
         return _simulated(model, request, notes)
     written = timeline(model.architecture, request)
-    peaks = replay(written)
+    peaks = replay(written, request.expandable_segments)
     found = items(written, peaks)
     phase = written.phase_at(peaks.event)
     return replace(
@@ -183,7 +183,7 @@ def taken(model: Model, asked: Request) -> int:
     if model.components or asked.method == "guide":
         return estimate_of(model, asked).device_bytes
     request, _ = resolve(model.architecture, asked)
-    return device_bytes(replay(timeline(model.architecture, request)).reserved_bytes)
+    return device_bytes(replay(timeline(model.architecture, request), request.expandable_segments).reserved_bytes)
 
 
 def _estimate(

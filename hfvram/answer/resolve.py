@@ -48,6 +48,8 @@ def resolve(architecture: Architecture, request: Request) -> tuple[Request, list
     capability = request.compute_capability or MEASURED
     if capability != MEASURED and request.attention == "sdpa":
         warnings.append(_derived(capability, dtype))
+    if request.expandable_segments:
+        warnings.append("expandable segments as PyTorch's source has them, not measured")
     if (gpus := _gpus(request)) > 1:
         warnings.append(f"per GPU: the first of {gpus}, which holds the most; NCCL's own memory is not counted")
     attention = _attention(architecture, request)

@@ -20,6 +20,8 @@ from hfvram.request import Request
 
 SHELF = "simulated"
 """Where the answers lie in hfvram's folder of the Hugging Face cache."""
+REPLAYS = "allocator.py", "expandable.py", "generation.py", "timeline.py"
+"""What else than the engine an answer rests on."""
 VERDICT = "gpu", "max_ctx", "max_batch", "recommend", "method", "allow_unknown"
 """Options that change nothing about what runs."""
 
@@ -47,7 +49,7 @@ def simulated(model: Model, request: Request) -> Simulated:
     from hfvram.memory.exact.simulate import simulate
 
     timeline = simulate(model.checkpoint.config, model.architecture.class_name, request)
-    peaks = replay(timeline)
+    peaks = replay(timeline, request.expandable_segments)
     found = Simulated(
         items=items(timeline, peaks),
         phase=timeline.phase_at(peaks.event),
@@ -88,5 +90,5 @@ def _key(model: Model, request: Request) -> str:
 def _code() -> str:
     """A digest of the engine: other rules are other answers."""
     folder = Path(memory.__file__).parent
-    files = [*sorted((folder / "exact").glob("*.py")), folder / "allocator.py", folder / "timeline.py"]
+    files = [*sorted((folder / "exact").glob("*.py")), *(folder / name for name in REPLAYS)]
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from hfvram.memory.expandable import ExpandableAllocator
 from hfvram.memory.timeline import Standing, Timeline
 
 SMALL = 1 << 20
@@ -151,17 +152,19 @@ class Peaks:
 
 
 @lru_cache(maxsize=1024)
-def stand(standing: Standing) -> Allocator:
+def stand(standing: Standing, expandable: bool = False) -> Allocator | ExpandableAllocator:
     """The allocator once weights and buffers stand, unused segments given back."""
-    allocator = Allocator()
+    allocator = ExpandableAllocator() if expandable else Allocator()
     allocator.run(range(len(standing.tensors)), [nbytes for nbytes, _ in standing.tensors])
     allocator.empty_cache()
     return allocator
 
 
-def replay(timeline: Timeline) -> Peaks:
-    """Run a timeline through the allocator; the peaks are those since its last restart."""
-    allocator = stand(timeline.standing).copy()
+def replay(timeline: Timeline, expandable: bool = False) -> Peaks:
+    """Run a timeline through the allocator, if asked the one of expandable segments; the peaks are those since its last
+    restart.
+    """
+    allocator = stand(timeline.standing, expandable).copy()
     start, peak, event = 0, allocator.allocated, 0
     for stop in (*timeline.restarts, len(timeline.events)):
         if start:

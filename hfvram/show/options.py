@@ -48,6 +48,7 @@ GROUPS = (
         ("--cache", "", "transformers' kind of cache"),
         ("--attention", "", "attention implementation"),
         ("--kernels", "", "kernels of Mamba and linear attention: installed or not"),
+        ("--expandable-segments", "", "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"),
         ("--compute-capability", "X.Y", "the GPU's generation (that of --gpu, else 9.0, which was measured)"),
     )),
     Group("Training", (
