@@ -6,9 +6,17 @@ Source: transformers 5.17, models/albert/modeling_albert.py.
 from hfvram.errors import HfvramError
 from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.config import MAX_LAYERS, Config
-from hfvram.model.families.blocks import attention, embedding, mlp
+from hfvram.model.families.blocks import embedding, mlp
 from hfvram.model.families.defaults import known
-from hfvram.model.families.encoder import Head, class_and_head, encoder, label_head, masked_head
+from hfvram.model.families.encoder import (
+    Head,
+    class_and_head,
+    encoder,
+    encoder_layer,
+    label_head,
+    masked_head,
+    self_attention,
+)
 from hfvram.model.layers import Layer, Param, linear, norm
 
 HEADS: tuple[Head, ...] = ("bare", "masked", "sequence", "tokens", "answers", "choice", "pretraining")
@@ -46,33 +54,12 @@ def read(config: Config, class_name: str | None) -> Architecture:
 
 
 def layer(config: Config, hidden: int, name: str) -> Layer:
-    heads = config.size("num_attention_heads")
-    return Layer(
-        mixers=(
-            attention(
-                f"{name}.attention",
-                hidden,
-                heads,
-                config.divided("hidden_size", hidden, heads),
-                bias=True,
-                projections=("query", "key", "value", "dense"),
-                causal=False,
-                cached=False,
-                scores="own dtype",
-            ),
-        ),
-        feed_forward=mlp(
-            f"{name}.ffn",
-            f"{name}.ffn_output",
-            hidden,
-            config.size("intermediate_size"),
-            config.text("hidden_act", default="gelu_new"),
-        ),
-        norm="layer",
-        norm_position="post",
-        params=norm(f"{name}.attention.LayerNorm", hidden, bias=True)
-        + norm(f"{name}.full_layer_layer_norm", hidden, bias=True),
-    )
+    projections = ("query", "key", "value", "dense")
+    scores = self_attention(config, f"{name}.attention", hidden, projections, scores="own dtype")
+    width, activation = config.size("intermediate_size"), config.text("hidden_act", default="gelu_new")
+    feed = mlp(f"{name}.ffn", f"{name}.ffn_output", hidden, width, activation)
+    norms = (f"{name}.attention.LayerNorm", f"{name}.full_layer_layer_norm")
+    return encoder_layer(scores, feed, *norms, position="post")
 
 
 def top(config: Config, head: Head, hidden: int, width: int, vocab: int, tied: bool) -> tuple[Param, ...]:

@@ -3,14 +3,25 @@
 Source: transformers 5.17, models/{bert, roberta, xlm_roberta, camembert, electra, mpnet}/modeling_*.py.
 """
 
+from typing import Any
+
 from hfvram.errors import HfvramError
 from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.config import Config
-from hfvram.model.families.blocks import attention, embedding, mlp
+from hfvram.model.families.blocks import embedding, mlp
 from hfvram.model.families.common import max_positions
 from hfvram.model.families.defaults import known
-from hfvram.model.families.encoder import Head, class_and_head, dense_head, encoder, label_head, masked_head
-from hfvram.model.layers import Attention, Layer, Param, linear, norm
+from hfvram.model.families.encoder import (
+    Head,
+    class_and_head,
+    dense_head,
+    encoder,
+    encoder_layer,
+    label_head,
+    masked_head,
+    self_attention,
+)
+from hfvram.model.layers import Attention, Param, linear, norm
 
 FAMILIES = {
     "bert": "Bert",
@@ -42,20 +53,10 @@ def read(config: Config, class_name: str | None) -> Architecture:
     decodes = config.flag("is_decoder")
     if config.flag("add_cross_attention"):
         raise HfvramError("unknown_architecture", f"{kind} with cross attention (add_cross_attention) is not known")
-    block = Layer(
-        mixers=(self_attention(config, hidden, decodes),),
-        feed_forward=mlp(
-            "intermediate.dense",
-            "output.dense",
-            hidden,
-            config.size("intermediate_size"),
-            config.text("hidden_act", default="gelu"),
-        ),
-        norm="layer",
-        norm_position="post",
-        params=norm("attention.LayerNorm" if kind == "mpnet" else "attention.output.LayerNorm", hidden, bias=True)
-        + norm("output.LayerNorm", hidden, bias=True),
-    )
+    activation = config.text("hidden_act", default="gelu")
+    feed = mlp("intermediate.dense", "output.dense", hidden, config.size("intermediate_size"), activation)
+    first = "attention.LayerNorm" if kind == "mpnet" else "attention.output.LayerNorm"
+    block = encoder_layer(scores(config, hidden, decodes), feed, first, "output.LayerNorm", position="post")
     stack = Stack(
         name="text",
         prefix=f"{prefix}encoder.layer",
@@ -112,36 +113,14 @@ def embeddings(config: Config, name: str, vocab: int, width: int) -> tuple[Param
     )
 
 
-def self_attention(config: Config, hidden: int, decodes: bool) -> Attention:
+def scores(config: Config, hidden: int, decodes: bool) -> Attention:
     """MPNet has T5's position bias, one for all layers, and only the eager implementation."""
-    heads = config.size("num_attention_heads")
-    head_dim = config.divided("hidden_size", hidden, heads)
     if config.model_type == "mpnet":
-        return attention(
-            "attention.attn",
-            hidden,
-            heads,
-            head_dim,
-            bias=True,
-            projections=("q", "k", "v", "o"),
-            causal=False,
-            cached=False,
-            position_bias=True,
-            scores="own dtype",
-            implementations=("eager",),
-        )
-    return attention(
-        "attention",
-        hidden,
-        heads,
-        head_dim,
-        bias=True,
-        projections=("self.query", "self.key", "self.value", "output.dense"),
-        causal=decodes,
-        cached=decodes,
-        scores="own dtype",
-        output_apart=True,
-    )
+        style: dict[str, Any] = {"position_bias": True, "scores": "own dtype", "implementations": ("eager",)}
+        return self_attention(config, "attention.attn", hidden, ("q", "k", "v", "o"), **style)
+    style = {"causal": decodes, "cached": decodes, "scores": "own dtype", "output_apart": True}
+    projections = ("self.query", "self.key", "self.value", "output.dense")
+    return self_attention(config, "attention", hidden, projections, **style)
 
 
 def position_bias(config: Config, prefix: str) -> tuple[Param, ...]:

@@ -10,8 +10,16 @@ from hfvram.model.config import Config
 from hfvram.model.families.blocks import attention, convolution, embedding, fused_attention, mlp
 from hfvram.model.families.common import num_labels
 from hfvram.model.families.defaults import known
-from hfvram.model.families.encoder import Head, class_and_head, encoder, label_head, masked_head
-from hfvram.model.layers import Attention, Layer, Param, linear, norm
+from hfvram.model.families.encoder import (
+    ENCODER,
+    Head,
+    class_and_head,
+    encoder,
+    encoder_layer,
+    label_head,
+    masked_head,
+)
+from hfvram.model.layers import Attention, Param, linear, norm
 
 FAMILIES = {"deberta": "Deberta", "deberta-v2": "DebertaV2"}
 
@@ -26,13 +34,9 @@ def read(config: Config, class_name: str | None) -> Architecture:
     hidden, vocab = config.size("hidden_size"), config.size("vocab_size")
     width = config.size("embedding_size", default=hidden)
     activation = config.text("hidden_act", default="gelu")
-    block = Layer(
-        mixers=(self_attention(config, hidden),),
-        feed_forward=mlp("intermediate.dense", "output.dense", hidden, config.size("intermediate_size"), activation),
-        norm="layer",
-        norm_position="post",
-        params=norm("attention.output.LayerNorm", hidden, bias=True) + norm("output.LayerNorm", hidden, bias=True),
-    )
+    feed = mlp("intermediate.dense", "output.dense", hidden, config.size("intermediate_size"), activation)
+    norms = ("attention.output.LayerNorm", "output.LayerNorm")
+    block = encoder_layer(self_attention(config, hidden), feed, *norms, position="post")
     stack = Stack(
         name="text",
         prefix=f"{prefix}encoder.layer",
@@ -72,8 +76,7 @@ def self_attention(config: Config, hidden: int) -> Attention:
     heads = config.size("num_attention_heads")
     head_dim = config.divided("hidden_size", hidden, heads)
     style: dict[str, Any] = {
-        "causal": False,
-        "cached": False,
+        **ENCODER,
         "scores": "own dtype",
         "position_bias": bool(scores(config)),
         "implementations": ("eager",),

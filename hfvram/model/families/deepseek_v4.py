@@ -12,7 +12,7 @@ from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.config import Config
 from hfvram.model.families import llama, moe
 from hfvram.model.families.common import layer_kinds
-from hfvram.model.families.defaults import class_of, known, prefix_of
+from hfvram.model.families.defaults import opened
 from hfvram.model.layers import CompressedAttention, Layer, MixtureOfExperts, Param, linear, norm
 
 Kind = Literal["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"]
@@ -25,9 +25,8 @@ RATIOS = {0: "sliding_attention", 4: "compressed_sparse_attention", 128: "heavil
 
 
 def read(config: Config, class_name: str | None) -> Architecture:
-    config = known(config)
-    class_name = class_of(config, class_name)
-    return llama.decoder(config, class_name, stack(config, prefix_of(config, class_name)))
+    config, class_name, prefix = opened(config, class_name)
+    return llama.decoder(config, class_name, stack(config, prefix))
 
 
 def stack(config: Config, prefix: str) -> Stack:

@@ -60,6 +60,13 @@ def prefix_of(config: Config, class_name: str) -> str:
     return _classes(config).get(class_name, "" if class_name.endswith("Model") else "model.")
 
 
+def opened(config: Config, asked: str | None) -> tuple[Config, str, str]:
+    """What most readers begin with: the configuration with its defaults, the class to build, and its prefix."""
+    config = known(config)
+    class_name = class_of(config, asked)
+    return config, class_name, prefix_of(config, class_name)
+
+
 def _classes(config: Config) -> Mapping[str, str]:
     classes: Mapping[str, str] = _table().get(config.model_type, {}).get("classes", {})
     return classes

@@ -5,10 +5,10 @@ Source: transformers 5.17, models/distilbert/modeling_distilbert.py.
 
 from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.config import Config
-from hfvram.model.families.blocks import attention, embedding, mlp
+from hfvram.model.families.blocks import embedding, mlp
 from hfvram.model.families.defaults import known
-from hfvram.model.families.encoder import Head, class_and_head, encoder, label_head
-from hfvram.model.layers import Layer, Param, linear, norm
+from hfvram.model.families.encoder import Head, class_and_head, encoder, encoder_layer, label_head, self_attention
+from hfvram.model.layers import Param, linear, norm
 
 HEADS: tuple[Head, ...] = ("bare", "masked", "sequence", "tokens", "answers", "choice")
 
@@ -17,28 +17,11 @@ def read(config: Config, class_name: str | None) -> Architecture:
     config = known(config)
     class_name, head = class_and_head(config, class_name, "DistilBert", HEADS)
     prefix = "" if head == "bare" else "distilbert."
-    hidden, vocab, heads = config.size("hidden_size"), config.size("vocab_size"), config.size("num_attention_heads")
-    block = Layer(
-        mixers=(
-            attention(
-                "attention",
-                hidden,
-                heads,
-                config.divided("hidden_size", hidden, heads),
-                bias=True,
-                projections=("q_lin", "k_lin", "v_lin", "out_lin"),
-                causal=False,
-                cached=False,
-                scores="own dtype",
-            ),
-        ),
-        feed_forward=mlp(
-            "ffn.lin1", "ffn.lin2", hidden, config.size("hidden_dim"), config.text("activation", default="gelu")
-        ),
-        norm="layer",
-        norm_position="post",
-        params=norm("sa_layer_norm", hidden, bias=True) + norm("output_layer_norm", hidden, bias=True),
-    )
+    hidden, vocab = config.size("hidden_size"), config.size("vocab_size")
+    projections = ("q_lin", "k_lin", "v_lin", "out_lin")
+    scores = self_attention(config, "attention", hidden, projections, scores="own dtype")
+    feed = mlp("ffn.lin1", "ffn.lin2", hidden, config.size("hidden_dim"), config.text("activation", default="gelu"))
+    block = encoder_layer(scores, feed, "sa_layer_norm", "output_layer_norm", position="post")
     name = f"{prefix}embeddings"
     stack = Stack(
         name="text",

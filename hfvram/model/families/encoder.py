@@ -1,4 +1,4 @@
-"""What encoders share: which class is built, what stands on top of it, and the model around the layers."""
+"""What encoders share: which class is built, their layers, what stands on top, and the model around it all."""
 
 from collections.abc import Iterable
 from typing import Any, Literal, get_args
@@ -6,8 +6,9 @@ from typing import Any, Literal, get_args
 from hfvram.errors import HfvramError, printable
 from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.config import Config
+from hfvram.model.families.blocks import attention
 from hfvram.model.families.common import dtype_of, max_positions, num_labels
-from hfvram.model.layers import Param, linear, norm
+from hfvram.model.layers import Attention, FeedForward, Layer, Param, linear, norm
 
 Head = Literal["bare", "masked", "causal", "sequence", "tokens", "answers", "choice", "pretraining", "next"]
 
@@ -41,6 +42,39 @@ def class_and_head(
     else:
         return f"{family}Model", "bare"
     raise HfvramError("unknown_architecture", f"the class {printable(name, 60)!r} of {config.model_type} is not known")
+
+
+ENCODER: dict[str, Any] = {"causal": False, "cached": False}
+"""Style of attention that sees everything and keeps nothing."""
+
+
+def self_attention(
+    config: Config, name: str, hidden: int, projections: tuple[str, str, str, str], **style: Any
+) -> Attention:
+    """Attention with biases whose heads share the width; an encoder's unless `style` says otherwise."""
+    heads = config.size("num_attention_heads")
+    head_dim = config.divided("hidden_size", hidden, heads)
+    return attention(name, hidden, heads, head_dim, projections=projections, **({"bias": True} | ENCODER | style))
+
+
+def encoder_layer(
+    attention: Attention,
+    feed: FeedForward,
+    first: str,
+    second: str,
+    bias: bool = True,
+    position: Literal["pre", "post"] = "pre",
+    extra: tuple[Param, ...] = (),
+) -> Layer:
+    """A layer with a norm before or after each part: LayerNorm, or RMSNorm without `bias`. `extra` follows them."""
+    hidden = attention.hidden_size
+    return Layer(
+        mixers=(attention,),
+        feed_forward=feed,
+        norm="layer" if bias else "rms",
+        norm_position=position,
+        params=norm(first, hidden, bias) + norm(second, hidden, bias) + extra,
+    )
 
 
 def label_head(config: Config, head: Head, hidden: int, name: str = "classifier") -> tuple[Param, ...]:

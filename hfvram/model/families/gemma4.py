@@ -11,15 +11,13 @@ from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.config import Config
 from hfvram.model.families import blocks, gemma4_towers, llama
 from hfvram.model.families.common import layer_kinds
-from hfvram.model.families.defaults import class_of, known, prefix_of, section
+from hfvram.model.families.defaults import opened, section
 from hfvram.model.families.multimodal import text_stack, wrapper
 from hfvram.model.layers import Attention, FeedForward, Layer, MixtureOfExperts, Param, Rotary, linear, norm
 
 
 def read(config: Config, class_name: str | None) -> Architecture:
-    config = known(config)
-    class_name = class_of(config, class_name)
-    prefix = prefix_of(config, class_name)
+    config, class_name, prefix = opened(config, class_name)
     if config.model_type == "gemma4_text":
         return llama.decoder(config, class_name, stack(config, prefix))
     text = section(config, "text_config")

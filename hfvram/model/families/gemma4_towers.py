@@ -9,7 +9,7 @@ from hfvram.errors import HfvramError
 from hfvram.model.architecture import Stack
 from hfvram.model.config import Config
 from hfvram.model.families import blocks
-from hfvram.model.families.vision import ENCODER
+from hfvram.model.families.encoder import ENCODER
 from hfvram.model.layers import Layer, Param, Rotary, linear, norm
 
 SANDWICH = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")

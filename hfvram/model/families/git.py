@@ -4,13 +4,15 @@ Source: transformers 5.17, models/git/modeling_git.py and configuration_git.py.
 """
 
 from dataclasses import replace
+from typing import Any
 
 from hfvram.errors import HfvramError, printable
 from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.config import Config
-from hfvram.model.families.blocks import attention, embedding, mlp
+from hfvram.model.families.blocks import embedding, mlp
 from hfvram.model.families.common import dtype_of, max_positions
 from hfvram.model.families.defaults import known, section
+from hfvram.model.families.encoder import encoder_layer, self_attention
 from hfvram.model.families.vision import clip
 from hfvram.model.layers import Attention, Layer, Param, linear, norm
 
@@ -52,33 +54,14 @@ def tower(config: Config, prefix: str) -> Stack:
 
 def decoder(config: Config, seen: Config, prefix: str, hidden: int, vocab: int) -> Stack:
     """Its layers see the projected patches and then the text, all with the eager implementation."""
-    heads, patches = config.size("num_attention_heads"), seen.size("hidden_size")
+    patches, activation = seen.size("hidden_size"), config.text("hidden_act", default="gelu")
     frames = config.size("num_image_with_embedding", default=0, low=0, high=4096)
     name = f"{prefix}embeddings"
-    layer = Layer(
-        mixers=(
-            attention(
-                "attention",
-                hidden,
-                heads,
-                config.divided("hidden_size", hidden, heads),
-                bias=True,
-                projections=("self.query", "self.key", "self.value", "output.dense"),
-                implementations=("eager",),
-                scores="own dtype",
-            ),
-        ),
-        feed_forward=mlp(
-            "intermediate.dense",
-            "output.dense",
-            hidden,
-            config.size("intermediate_size"),
-            config.text("hidden_act", default="gelu"),
-        ),
-        norm="layer",
-        norm_position="post",
-        params=norm("attention.output.LayerNorm", hidden, bias=True) + norm("output.LayerNorm", hidden, bias=True),
-    )
+    projections = ("self.query", "self.key", "self.value", "output.dense")
+    style: dict[str, Any] = {"causal": True, "cached": True, "implementations": ("eager",), "scores": "own dtype"}
+    scores = self_attention(config, "attention", hidden, projections, **style)
+    feed = mlp("intermediate.dense", "output.dense", hidden, config.size("intermediate_size"), activation)
+    layer = encoder_layer(scores, feed, "attention.output.LayerNorm", "output.LayerNorm", position="post")
     return Stack(
         name="text",
         prefix=f"{prefix}encoder.layer",

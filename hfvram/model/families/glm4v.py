@@ -6,17 +6,16 @@ Source: transformers 5.17, models/{glm4v, glm4v_moe}/modeling_*.py.
 from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.config import Config
 from hfvram.model.families import blocks
-from hfvram.model.families.defaults import class_of, known, prefix_of, section
+from hfvram.model.families.defaults import opened, section
+from hfvram.model.families.encoder import ENCODER, encoder_layer
 from hfvram.model.families.multimodal import text_stack, wrapper
 from hfvram.model.families.qwen_vl import patches
-from hfvram.model.families.vision import ENCODER, encoder_layer, image_size
+from hfvram.model.families.vision import image_size
 from hfvram.model.layers import Rotary, linear, norm
 
 
 def read(config: Config, class_name: str | None) -> Architecture:
-    config = known(config)
-    class_name = class_of(config, class_name)
-    prefix = prefix_of(config, class_name)
+    config, class_name, prefix = opened(config, class_name)
     text = section(config, "text_config")
     tower = vision(section(config, "vision_config"), f"{prefix}visual.")
     return wrapper(config, class_name, text, (tower, text_stack(text, f"{prefix}language_model.")))

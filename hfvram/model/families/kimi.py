@@ -7,16 +7,15 @@ from hfvram.errors import HfvramError
 from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.config import Config
 from hfvram.model.families import blocks
-from hfvram.model.families.defaults import class_of, known, prefix_of, section
+from hfvram.model.families.defaults import known, opened, section
+from hfvram.model.families.encoder import ENCODER, encoder_layer
 from hfvram.model.families.multimodal import text_stack, wrapper
-from hfvram.model.families.vision import ENCODER, encoder_layer, image_size
+from hfvram.model.families.vision import image_size
 from hfvram.model.layers import Param, Rotary, linear, norm
 
 
 def read(config: Config, class_name: str | None) -> Architecture:
-    config = known(config)
-    class_name = class_of(config, class_name)
-    prefix = prefix_of(config, class_name)
+    config, class_name, prefix = opened(config, class_name)
     text, vision = section(config, "text_config"), section(config, "vision_config")
     if text.model_type == "kimi_k2":
         text = known(Config({**text.values, "model_type": "deepseek_v3"}))

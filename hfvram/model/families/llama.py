@@ -13,7 +13,7 @@ from hfvram.model.config import Config
 from hfvram.model.families import blocks
 from hfvram.model.families.common import head_sizes, rotary
 from hfvram.model.families.decoder import around
-from hfvram.model.families.defaults import class_of, known, prefix_of
+from hfvram.model.families.defaults import opened
 from hfvram.model.families.styles import STYLES, Style, flag, rope_layers, windows
 from hfvram.model.layers import Attention, FeedForward, Layer, Mixer, MixtureOfExperts, Param, Rotary, norm
 
@@ -23,9 +23,8 @@ Attend = Callable[[Config, int], Mixer]
 
 
 def read(config: Config, class_name: str | None) -> Architecture:
-    config = known(config)
-    class_name = class_of(config, class_name)
-    return decoder(config, class_name, stack(config, prefix_of(config, class_name)))
+    config, class_name, prefix = opened(config, class_name)
+    return decoder(config, class_name, stack(config, prefix))
 
 
 def decoder(config: Config, class_name: str, text: Stack) -> Architecture:

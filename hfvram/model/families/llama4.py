@@ -8,9 +8,10 @@ from hfvram.model.config import Config
 from hfvram.model.families import blocks, llama
 from hfvram.model.families.common import head_sizes, layer_kinds
 from hfvram.model.families.defaults import class_of, known, section
+from hfvram.model.families.encoder import ENCODER, encoder_layer
 from hfvram.model.families.multimodal import text_stack, wrapper
 from hfvram.model.families.styles import rope_layers
-from hfvram.model.families.vision import ENCODER, encoder_layer, image_size
+from hfvram.model.families.vision import image_size
 from hfvram.model.layers import Attention, FeedForward, MixtureOfExperts, Param, Rotary, linear, norm
 
 

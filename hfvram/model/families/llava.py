@@ -5,16 +5,14 @@ Source: transformers 5.17, models/{llava, mistral3, gemma3}/modeling_*.py.
 
 from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.config import Config
-from hfvram.model.families.defaults import class_of, known, prefix_of, section
+from hfvram.model.families.defaults import opened, section
 from hfvram.model.families.multimodal import text_stack, wrapper
 from hfvram.model.families.vision import tower
 from hfvram.model.layers import Param, linear, norm
 
 
 def read(config: Config, class_name: str | None) -> Architecture:
-    config = known(config)
-    class_name = class_of(config, class_name)
-    prefix = prefix_of(config, class_name)
+    config, class_name, prefix = opened(config, class_name)
     text, vision = section(config, "text_config"), section(config, "vision_config")
     seeing, reading = tower(vision, f"{prefix}vision_tower."), text_stack(text, f"{prefix}language_model.")
     joining = Stack("projector", (), before=projector(config, vision, text, f"{prefix}multi_modal_projector"))

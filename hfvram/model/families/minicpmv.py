@@ -8,7 +8,7 @@ from dataclasses import replace
 from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.config import Config
 from hfvram.model.families import blocks
-from hfvram.model.families.defaults import class_of, known, prefix_of, section
+from hfvram.model.families.defaults import opened, section
 from hfvram.model.families.kimi import area
 from hfvram.model.families.multimodal import text_stack, wrapper
 from hfvram.model.families.vision import clip_like, image_size
@@ -16,9 +16,7 @@ from hfvram.model.layers import Param, linear, norm
 
 
 def read(config: Config, class_name: str | None) -> Architecture:
-    config = known(config)
-    class_name = class_of(config, class_name)
-    prefix = prefix_of(config, class_name)
+    config, class_name, prefix = opened(config, class_name)
     text, vision = section(config, "text_config"), section(config, "vision_config")
     stacks = (
         tower(vision, f"{prefix}vision_tower."),

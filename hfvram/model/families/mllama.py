@@ -9,9 +9,10 @@ from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.config import Config
 from hfvram.model.families import blocks, llama
 from hfvram.model.families.common import head_sizes
-from hfvram.model.families.defaults import class_of, known, prefix_of, section
+from hfvram.model.families.defaults import opened, section
+from hfvram.model.families.encoder import ENCODER, encoder_layer
 from hfvram.model.families.multimodal import wrapper
-from hfvram.model.families.vision import ENCODER, encoder_layer, image_size
+from hfvram.model.families.vision import image_size
 from hfvram.model.layers import Layer, Param, linear, norm
 
 CROSS_LAYERS = (3, 8, 13, 18, 23, 28, 33, 38)
@@ -20,9 +21,7 @@ EXTRA_TOKENS = 8
 
 
 def read(config: Config, class_name: str | None) -> Architecture:
-    config = known(config)
-    class_name = class_of(config, class_name)
-    prefix = prefix_of(config, class_name)
+    config, class_name, prefix = opened(config, class_name)
     text, vision = section(config, "text_config"), section(config, "vision_config")
     projector = linear(
         f"{prefix}multi_modal_projector", vision.size("vision_output_dim"), text.size("hidden_size"), bias=True

@@ -11,7 +11,15 @@ from hfvram.model.families.blocks import attention, embedding, fused_attention, 
 from hfvram.model.families.common import num_labels
 from hfvram.model.families.decoder import hybrid_kinds
 from hfvram.model.families.defaults import known
-from hfvram.model.families.encoder import Head, class_and_head, encoder, label_head, masked_head
+from hfvram.model.families.encoder import (
+    ENCODER,
+    Head,
+    class_and_head,
+    encoder,
+    encoder_layer,
+    label_head,
+    masked_head,
+)
 from hfvram.model.layers import Attention, Layer, Param, Rotary, linear, norm
 
 MODERN: tuple[Head, ...] = ("bare", "masked", "sequence", "tokens", "answers", "choice")
@@ -73,8 +81,7 @@ def modern_attention(config: Config, hidden: int, kind: str) -> Attention:
         kind=kind,
         window=config.size("local_attention") // 2 + 1 if kind == "sliding_attention" else None,
         rotary=Rotary(dim=head_dim),
-        causal=False,
-        cached=False,
+        **ENCODER,
     )
 
 
@@ -84,15 +91,9 @@ def nomic(config: Config, class_name: str | None) -> Architecture:
     hidden, vocab, heads = config.size("hidden_size"), config.size("vocab_size"), config.size("num_attention_heads")
     head_dim = config.size("head_dim", default=0, low=0) or config.divided("hidden_size", hidden, heads)
     activation = config.text("hidden_act", default="silu")
-    layer = Layer(
-        mixers=(
-            attention("self_attn", hidden, heads, head_dim, rotary=Rotary(dim=head_dim), causal=False, cached=False),
-        ),
-        feed_forward=gated_mlp("mlp", hidden, config.size("intermediate_size"), activation),
-        norm="layer",
-        norm_position="post",
-        params=norm("post_attention_layernorm", hidden, bias=True) + norm("post_mlp_layernorm", hidden, bias=True),
-    )
+    scores = attention("self_attn", hidden, heads, head_dim, rotary=Rotary(dim=head_dim), **ENCODER)
+    feed = gated_mlp("mlp", hidden, config.size("intermediate_size"), activation)
+    layer = encoder_layer(scores, feed, "post_attention_layernorm", "post_mlp_layernorm", position="post")
     stack = Stack(
         name="text",
         prefix=f"{prefix}layers",

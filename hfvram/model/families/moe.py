@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.config import Config
 from hfvram.model.families import blocks, llama
-from hfvram.model.families.defaults import class_of, known, prefix_of
+from hfvram.model.families.defaults import opened
 from hfvram.model.families.styles import STYLES, flag
 from hfvram.model.layers import FeedForward, MixtureOfExperts, Param, ParamKind, linear
 
@@ -112,9 +112,8 @@ EXPERTS: dict[str, Experts] = {
 
 
 def read(config: Config, class_name: str | None) -> Architecture:
-    config = known(config)
-    class_name = class_of(config, class_name)
-    return llama.decoder(config, class_name, stack(config, prefix_of(config, class_name)))
+    config, class_name, prefix = opened(config, class_name)
+    return llama.decoder(config, class_name, stack(config, prefix))
 
 
 def stack(config: Config, prefix: str, attend: llama.Attend | None = None) -> Stack:

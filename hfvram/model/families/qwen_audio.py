@@ -8,16 +8,14 @@ from dataclasses import replace
 from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.config import Config
 from hfvram.model.families import blocks
-from hfvram.model.families.defaults import class_of, known, prefix_of, section
+from hfvram.model.families.defaults import opened, section
+from hfvram.model.families.encoder import ENCODER, encoder_layer
 from hfvram.model.families.multimodal import text_stack, wrapper
-from hfvram.model.families.vision import ENCODER, encoder_layer
 from hfvram.model.layers import Layer, linear, norm
 
 
 def read(config: Config, class_name: str | None) -> Architecture:
-    config = known(config)
-    class_name = class_of(config, class_name)
-    prefix = prefix_of(config, class_name)
+    config, class_name, prefix = opened(config, class_name)
     text, audio = section(config, "text_config"), section(config, "audio_config")
     projector = linear(
         f"{prefix}multi_modal_projector.linear", audio.size("d_model"), text.size("hidden_size"), bias=True

@@ -10,7 +10,7 @@ from hfvram.model.architecture import Stack
 from hfvram.model.config import Config
 from hfvram.model.families.blocks import attention, convolution, embedding, mlp
 from hfvram.model.families.defaults import section
-from hfvram.model.families.vision import ENCODER
+from hfvram.model.families.encoder import ENCODER
 from hfvram.model.layers import Layer, Param, Rotary, linear
 
 TIME_WIDTH = 256

@@ -9,16 +9,15 @@ from typing import Any
 from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.config import Config
 from hfvram.model.families import blocks
-from hfvram.model.families.defaults import class_of, known, prefix_of, section
+from hfvram.model.families.defaults import opened, section
+from hfvram.model.families.encoder import ENCODER, encoder_layer
 from hfvram.model.families.multimodal import text_stack, wrapper
-from hfvram.model.families.vision import ENCODER, encoder_layer, image_size
+from hfvram.model.families.vision import image_size
 from hfvram.model.layers import Param, Rotary, linear, norm
 
 
 def read(config: Config, class_name: str | None) -> Architecture:
-    config = known(config)
-    class_name = class_of(config, class_name)
-    prefix = prefix_of(config, class_name)
+    config, class_name, prefix = opened(config, class_name)
     text = text_config(config)
     build = {"qwen2_vl": vision_2, "qwen2_5_vl": vision_2_5}.get(config.model_type, vision_3)
     tower = build(section(config, "vision_config"), f"{prefix}visual.")

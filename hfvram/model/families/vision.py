@@ -4,16 +4,13 @@ Source: transformers 5.17, models/{clip, siglip, pixtral}/modeling_*.py.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 from hfvram.errors import HfvramError, printable
 from hfvram.model.architecture import Stack
 from hfvram.model.config import Config
 from hfvram.model.families import blocks
-from hfvram.model.layers import Attention, FeedForward, Layer, Param, Rotary, linear, norm
-
-ENCODER: dict[str, Any] = {"causal": False, "cached": False}
-"""Style of attention that sees everything and keeps nothing."""
+from hfvram.model.families.encoder import ENCODER, encoder_layer, self_attention
+from hfvram.model.layers import Layer, Param, Rotary, linear, norm
 
 
 def tower(config: Config, prefix: str) -> Stack:
@@ -21,17 +18,6 @@ def tower(config: Config, prefix: str) -> Stack:
     if (build := TOWERS.get(config.model_type)) is None:
         raise HfvramError("unknown_architecture", f"vision tower {printable(config.model_type, 40)!r} is not known")
     return build(config, prefix)
-
-
-def encoder_layer(attention: Attention, feed: FeedForward, first: str, second: str, bias: bool = True) -> Layer:
-    """A layer with a norm before each part: LayerNorm, or RMSNorm without `bias`."""
-    hidden = attention.hidden_size
-    return Layer(
-        mixers=(attention,),
-        feed_forward=feed,
-        norm="layer" if bias else "rms",
-        params=norm(first, hidden, bias) + norm(second, hidden, bias),
-    )
 
 
 def image_size(config: Config, *names: str) -> int:
@@ -42,16 +28,8 @@ def image_size(config: Config, *names: str) -> int:
 
 def clip_like(config: Config) -> Layer:
     """A layer of CLIP's and SigLIP's towers."""
-    hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
-    attention = blocks.attention(
-        "self_attn",
-        hidden,
-        heads,
-        config.divided("hidden_size", hidden, heads),
-        bias=True,
-        projections=("q_proj", "k_proj", "v_proj", "out_proj"),
-        **ENCODER,
-    )
+    hidden = config.size("hidden_size")
+    attention = self_attention(config, "self_attn", hidden, ("q_proj", "k_proj", "v_proj", "out_proj"))
     feed = blocks.mlp(
         "mlp.fc1", "mlp.fc2", hidden, config.size("intermediate_size"), config.text("hidden_act", default="gelu")
     )

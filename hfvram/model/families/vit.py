@@ -8,10 +8,10 @@ from collections.abc import Callable
 from hfvram.errors import HfvramError, printable
 from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.config import Config
-from hfvram.model.families.blocks import attention, convolution, mlp, others
+from hfvram.model.families.blocks import convolution, mlp, others
 from hfvram.model.families.common import num_labels
 from hfvram.model.families.defaults import known
-from hfvram.model.families.encoder import encoder
+from hfvram.model.families.encoder import encoder, encoder_layer, self_attention
 from hfvram.model.layers import Attention, FeedForward, Layer, Param, linear, norm
 
 NAMES = {"vit": "ViT", "deit": "DeiT", "yolos": "Yolos", "dinov2": "Dinov2"}
@@ -88,22 +88,12 @@ def middle_positions(config: Config, name: str, depth: int, hidden: int) -> tupl
     return (Param(f"{name}.mid_position_embeddings", (max(depth - 1, 0), 1, tokens, hidden), "other"),)
 
 
-def self_attention(config: Config, hidden: int, projections: tuple[str, str, str, str]) -> Attention:
-    count = config.size("num_attention_heads")
-    return attention(
-        "attention",
-        hidden,
-        count,
-        config.divided("hidden_size", hidden, count),
-        bias=config.flag("qkv_bias", default=True),
-        out_bias=True,
-        projections=projections,
-        causal=False,
-        cached=False,
-    )
-
-
 INNER = ("attention.query", "attention.key", "attention.value", "output.dense")
+
+
+def scores(config: Config, hidden: int, projections: tuple[str, str, str, str]) -> Attention:
+    bias = config.flag("qkv_bias", default=True)
+    return self_attention(config, "attention", hidden, projections, bias=bias, out_bias=True)
 
 
 def layer(config: Config, hidden: int) -> Layer:
@@ -112,12 +102,8 @@ def layer(config: Config, hidden: int) -> Layer:
     names = INNER if old else ("q_proj", "k_proj", "v_proj", "o_proj")
     up, down = ("intermediate.dense", "output.dense") if old else ("mlp.fc1", "mlp.fc2")
     activation = config.text("hidden_act", default="gelu")
-    return Layer(
-        mixers=(self_attention(config, hidden, names),),
-        feed_forward=mlp(up, down, hidden, config.size("intermediate_size"), activation),
-        norm="layer",
-        params=norm("layernorm_before", hidden, bias=True) + norm("layernorm_after", hidden, bias=True),
-    )
+    feed = mlp(up, down, hidden, config.size("intermediate_size"), activation)
+    return encoder_layer(scores(config, hidden, names), feed, "layernorm_before", "layernorm_after")
 
 
 def dinov2_layer(config: Config, hidden: int) -> Layer:
@@ -135,13 +121,8 @@ def dinov2_layer(config: Config, hidden: int) -> Layer:
             fused_gate_up=True,
             params=linear("mlp.weights_in", hidden, 2 * width, True) + linear("mlp.weights_out", width, hidden, True),
         )
-    scales = {"layer_scale1.lambda1": (hidden,), "layer_scale2.lambda1": (hidden,)}
-    return Layer(
-        mixers=(self_attention(config, hidden, INNER),),
-        feed_forward=feed,
-        norm="layer",
-        params=norm("norm1", hidden, bias=True) + norm("norm2", hidden, bias=True) + others("", scales),
-    )
+    scales = others("", {"layer_scale1.lambda1": (hidden,), "layer_scale2.lambda1": (hidden,)})
+    return encoder_layer(scores(config, hidden, INNER), feed, "norm1", "norm2", extra=scales)
 
 
 def heads(config: Config, end: str, hidden: int) -> tuple[Param, ...]:

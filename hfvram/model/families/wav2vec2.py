@@ -6,10 +6,10 @@ Source: transformers 5.17, models/{wav2vec2, hubert}/modeling_*.py and configura
 from hfvram.errors import HfvramError, printable
 from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.config import Config
-from hfvram.model.families.blocks import attention, convolution, mlp
+from hfvram.model.families.blocks import convolution, mlp
 from hfvram.model.families.common import num_labels
 from hfvram.model.families.defaults import known
-from hfvram.model.families.encoder import encoder
+from hfvram.model.families.encoder import encoder, encoder_layer, self_attention
 from hfvram.model.layers import Layer, Param, linear, norm
 
 FAMILIES = {"wav2vec2": "Wav2Vec2", "hubert": "Hubert"}
@@ -85,39 +85,27 @@ def positions(config: Config, name: str, hidden: int) -> tuple[Param, ...]:
 
 
 def layer(config: Config, hidden: int) -> Layer:
-    heads = config.size("num_attention_heads")
-    adapter = config.size("adapter_attn_dim", default=0, low=0) if stable(config) else 0
-    name = "adapter_layer"
+    before = stable(config)
+    adapter = config.size("adapter_attn_dim", default=0, low=0) if before else 0
+    name, activation = "adapter_layer", config.text("hidden_act", default="gelu")
     extra = (
         norm(f"{name}.norm", hidden, bias=True)
         + linear(f"{name}.linear_1", hidden, adapter, bias=True)
         + linear(f"{name}.linear_2", adapter, hidden, bias=True)
     )
-    return Layer(
-        mixers=(
-            attention(
-                "attention",
-                hidden,
-                heads,
-                config.divided("hidden_size", hidden, heads),
-                bias=True,
-                projections=("q_proj", "k_proj", "v_proj", "out_proj"),
-                causal=False,
-                cached=False,
-            ),
-        ),
-        feed_forward=mlp(
+    return encoder_layer(
+        self_attention(config, "attention", hidden, ("q_proj", "k_proj", "v_proj", "out_proj")),
+        mlp(
             "feed_forward.intermediate_dense",
             "feed_forward.output_dense",
             hidden,
             config.size("intermediate_size"),
-            config.text("hidden_act", default="gelu"),
+            activation,
         ),
-        norm="layer",
-        norm_position="pre" if stable(config) else "post",
-        params=norm("layer_norm", hidden, bias=True)
-        + norm("final_layer_norm", hidden, bias=True)
-        + (extra if adapter else ()),
+        "layer_norm",
+        "final_layer_norm",
+        position="pre" if before else "post",
+        extra=extra if adapter else (),
     )
 
 
