@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 Category = Literal[
     "weights", "buffers", "gradients", "optimizer", "cache", "activations", "workspace", "rounding", "inputs"
@@ -21,6 +21,10 @@ class Tag(NamedTuple):
     formula: str = ""
     source: str = ""
     certainty: Certainty = "derived"
+
+
+Made = tuple[str, Any, Any, Any]
+"""The tensor of an allocation: the module (or parameter) that it is of, its operator, its shape and its dtype."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +51,7 @@ class Timeline:
         "cache_bytes",
         "events",
         "gradients_bytes",
+        "made",
         "managed_bytes",
         "marks",
         "optimizer_bytes",
@@ -68,6 +73,8 @@ class Timeline:
         self.marks: list[tuple[int, str]] = []
         self.streams: dict[int, int] = {}
         """The CUDA stream of an allocation, where it is not the default one (0)."""
+        self.made: dict[int, Made] = {}
+        """Of the exact engine's allocations: which tensor each is."""
         self.restarts: list[int] = []
         """After how many events unused memory is given back and the peaks start anew."""
         self.symbols: dict[str, int] = {}

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from hfvram.memory.exact.labels import path_of
 from hfvram.memory.exact.tracker import Tracker
 from hfvram.memory.timeline import Tag
 from hfvram.model import meta
@@ -39,6 +40,7 @@ def _name(tracker: Tracker, name: str, tensor: Any, category: Any) -> None:
     if handle is not None:
         shown = tracker.tag(name.rpartition(".")[0] if name.endswith((".weight", ".bias")) else name).name
         tracker.timeline.tags[handle] = Tag(shown, category, "", OWN, "exact")
+        tracker.timeline.made[handle] = path_of(name), *tracker.timeline.made[handle][1:]
 
 
 def in_order(module: Any) -> Iterator[Any]:

@@ -9,6 +9,7 @@ from unittest.mock import patch
 import torch
 
 from hfvram.errors import HfvramError
+from hfvram.memory.exact.labels import states_of
 
 BLOCK = 256
 SMALL = 4096
@@ -203,6 +204,4 @@ def fused_on_meta() -> Iterator[None]:
 def states(optimizer: Any) -> Iterator[tuple[str, Any]]:
     """Every tensor that the optimizer keeps on the device, with its name."""
     for kept in (*optimizer.state.values(), getattr(optimizer, "maps", {})):
-        for name, value in kept.items():
-            if isinstance(value, torch.Tensor):
-                yield name, value
+        yield from states_of(kept)

@@ -2,7 +2,9 @@
 
 import re
 import weakref
+from bisect import bisect_right
 from collections.abc import Callable, Iterable
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -19,7 +21,18 @@ CUBLASLT_BYTES = 1 << 20
 CUBLAS = Tag("cuBLAS workspace", "workspace", "one for each thread that multiplies", CUBLAS_SOURCE)
 CUBLASLT = Tag("cuBLASLt workspace", "workspace", "1 MiB, one a thread", "PyTorch 2.11: CUDABlas.cpp")
 MATRIX_PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.addbmm, aten._grouped_mm, aten._scaled_mm}
+OWN = "the model's own code"
+IN_BACKWARD = "gradients of activations"
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+def starred(path: str) -> str:
+    """A module's path without its numbers, which is what alike modules have in common.
+
+    >>> starred("model.layers.12.mlp.experts.3.up_proj")
+    'model.layers.*.mlp.experts.*.up_proj'
+    """
+    return _INDEX.sub("*", path)
 
 
 def scratch_bytes(operator: Any, args: tuple[Any, ...]) -> tuple[int, ...]:
@@ -57,7 +70,8 @@ def embedding_scratch_bytes(tokens: int, width: int, rows: int) -> tuple[int, ..
 class Tracker(TorchDispatchMode):  # type: ignore[misc]
     """A dispatch mode that sees one device's storages: meta's, or for proof another's.
 
-    `category` is what new storages are; `module` names what runs; `stream` is whose pool serves.
+    `category` is what new storages are; `module` names what runs; `stream` is whose pool serves. From autograd's node
+    number `nodes[i]` on, nodes are of the module `nodes_of[i]`: so the backward pass knows whose gradients it makes.
 
     What meta tensors can't tell is assumed (`data_dependent`), of an input that is `unpadded` or not.
     """
@@ -71,6 +85,9 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
         self.stream = 0
         self.backward = False
         self.unpadded = True
+        self.operator: Any = None
+        self.nodes: list[int] = []
+        self.nodes_of: list[str] = []
         self.told: dict[int, bool] = {}
         self.assumed: dict[int, float] = {}
         self.live: dict[int, tuple[int, Any]] = {}
@@ -82,7 +99,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if types and any(t.__name__ == "DTensor" for t in types):
             return NotImplemented  # a DTensor runs its operators on its local tensors, and those are seen
-        operator = func._overloadpacket
+        self.operator = operator = func._overloadpacket
         if operator is aten._local_scalar_dense:
             return scalar(self, args[0]) if args[0].device.type == "meta" else func(*args)
         if operator is aten.equal:
@@ -122,7 +139,10 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
         key = storage._cdata
         if (known := self.live.get(key)) is not None:
             return known[0]
-        return self._stands(key, storage, storage.nbytes())
+        handle = self._stands(key, storage, storage.nbytes())
+        path = self._passed_back() if self.backward and not self.module else self.module
+        self.timeline.made[handle] = path, self.operator, tensor.shape, tensor.dtype
+        return handle
 
     def _stands(self, key: int, storage: Any, nbytes: int) -> int:
         handle = self.timeline.alloc(nbytes, self.tag(self.module))
@@ -139,6 +159,20 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
 
         return died
 
+    def entered(self, module: str) -> str:
+        """What runs from now on is this module's; which module's it was so far."""
+        before, self.module = self.module, module
+        if torch.is_grad_enabled():
+            self.nodes.append(torch.autograd._get_sequence_nr())
+            self.nodes_of.append(module)
+        return before
+
+    def _passed_back(self) -> str:
+        """The module of which autograd computes gradients just now."""
+        node = torch._C._current_autograd_node()
+        at = bisect_right(self.nodes, node._sequence_nr()) if node is not None else 0
+        return self.nodes_of[at - 1] if at else ""
+
     def resized(self, tensor: Any, nbytes: int) -> None:
         """A storage was emptied or filled again by `resize_`, which no dispatch mode sees (FSDP)."""
         key = tensor.untyped_storage()._cdata
@@ -147,25 +181,26 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
             if not nbytes:
                 del self.live[key]
                 return
-            self._stands(key, tensor.untyped_storage(), nbytes)
+            handle = self._stands(key, tensor.untyped_storage(), nbytes)
+            self.timeline.made[handle] = self.module, self.operator, tensor.shape, tensor.dtype
         elif nbytes:
             self.add(tensor)
 
     def start_over(self, tensors: Iterable[Any]) -> None:
         """Count these tensors and the inputs that stand already, as if nothing else had ever been built."""
-        inputs = [ref() for handle, ref in self.live.values() if self.timeline.tags[handle].category == "inputs"]
         timeline = self.timeline
+        inputs = [(ref(), timeline.made[h]) for h, ref in self.live.values() if timeline.tags[h].category == "inputs"]
         for written in (timeline.events, timeline.sizes, timeline.tags, timeline.marks, timeline.restarts):
             written.clear()
-        for known in (self.live, self.told, self.assumed, timeline.streams):
-            known.clear()
+        for noted in (self.live, self.told, self.assumed, timeline.streams, timeline.made):
+            noted.clear()
         before, self.category = self.category, "weights"
         for tensor in tensors:
             self.add(tensor)
         self.category = "inputs"
-        for storage in inputs:
+        for storage, made in inputs:
             if storage is not None:
-                self._stands(storage._cdata, storage, storage.nbytes())
+                timeline.made[self._stands(storage._cdata, storage, storage.nbytes())] = made
         self.category = before
 
     def workspace(self, thread: str, biased: bool) -> None:
@@ -178,16 +213,19 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
             self.timeline.alloc(CUBLASLT_BYTES, CUBLASLT)
 
     def tag(self, name: str) -> Tag:
-        name = name or ("backward pass" if self.backward else "outside of any module")
+        """What a module makes in the current category."""
+        name = name or (IN_BACKWARD if self.backward else "outside of any module")
         key = name, self.category
         if key not in self._tags:
-            shown = _INDEX.sub("*", name)
-            self._tags[key] = Tag(shown, self.category, "", "the model's own code", "exact")
+            self._tags[key] = Tag(starred(name), self.category, "", OWN, "exact")
         return self._tags[key]
 
-    def retag(self, tensors: Iterable[Any], category: Category, name: str) -> None:
-        """Say what these tensors turned out to be."""
-        for tensor in tensors:
+    def retag(self, tensors: Iterable[Any], category: Category, name: str, paths: Iterable[str] = ()) -> None:
+        """Say what these tensors turned out to be, and of which parameters or modules."""
+        tag, timeline = Tag(name, category, "", OWN, "exact"), self.timeline
+        for tensor, path in zip(tensors, chain(paths, repeat("")), strict=False):
             tensor = getattr(tensor, "_local_tensor", tensor)
             if (known := self.live.get(tensor.untyped_storage()._cdata)) is not None:
-                self.timeline.tags[known[0]] = Tag(name, category, "", "the model's own code", "exact")
+                timeline.tags[known[0]] = tag
+                if path:
+                    timeline.made[known[0]] = path, *timeline.made[known[0]][1:]

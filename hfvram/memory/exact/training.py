@@ -2,24 +2,19 @@
 
 import contextlib
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
-from unittest.mock import patch
 
 import torch
-from torch.utils import checkpoint as torch_checkpoint
 
 from hfvram.errors import HfvramError
-from hfvram.memory.exact.kernels import CudaBehaviour
+from hfvram.memory.exact.labels import name_gradients, name_states
 from hfvram.memory.exact.optimizers import fused_on_meta, optimizer, states
 from hfvram.memory.exact.run import Run
-from hfvram.memory.timeline import Tag
 from hfvram.request import Request
 
 STEPS = 2
 """The first step makes the optimizer's states, the second has them from its start."""
-ACTIVATION_GRADIENTS = "gradients of activations"
-NO_MODULE = (ACTIVATION_GRADIENTS, "kernel scratch")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -46,7 +41,7 @@ def train(run: Run, model: Any, request: Request) -> None:
         trained = place(run, trained, request)
     run.stands()
     parameters = [p for p in trained.parameters() if p.requires_grad]
-    with run.on_cuda(model), run.autocast.stands_in(), recomputing(run):
+    with run.on_cuda(model), run.autocast.stands_in():
         steps(run, trained, ids, parameters, request)
 
 
@@ -54,6 +49,8 @@ def steps(run: Run, model: Any, ids: Any, parameters: list[Any], request: Reques
     """Forward, backward and update, twice. FSDP has a precision of its own, and needs no autocast."""
     tracker, timeline = run.tracker, run.timeline
     held = [own(p) for p in parameters]
+    names = {id(p): n for n, p in model.named_parameters()}
+    named = {names[id(p)]: h for p, h in zip(parameters, held, strict=True)}
     opt = optimizer(request.optimizer, held, linear(model, parameters))
     autocast = request.mixed_precision != "no" and request.fsdp is None
     scale = loss_scale(parameters) if autocast and request.mixed_precision == "fp16" else None
@@ -66,17 +63,12 @@ def steps(run: Run, model: Any, ids: Any, parameters: list[Any], request: Reques
                     out = model(**given)
                     loss = loss_of(out)
                     loss = loss if scale is None else loss * scale
-                label(run, (handle for handle, _ in tracker.live.values()), "saved activations")
                 timeline.mark("backward")
-                before = len(timeline.sizes)
-                tracker.backward, tracker.module = True, ACTIVATION_GRADIENTS
                 torch.autograd.backward([loss])
                 del out, loss
-                tracker.backward, tracker.module = False, ""
-                label(run, range(before, len(timeline.sizes)), "recomputed")
         for p, h in zip(parameters, held, strict=True):
             h.grad = part(p.grad)
-        name(run, held, opt)
+        name(run, named, opt)
         timeline.mark("clipping")
         tracker.module = "gradient clipping"
         clip(held)
@@ -85,7 +77,7 @@ def steps(run: Run, model: Any, ids: Any, parameters: list[Any], request: Reques
         with fused_on_meta():
             opt.step()
         tracker.category, tracker.module = "activations", ""
-        name(run, held, opt)
+        name(run, named, opt)
         for p in (*parameters, *held):
             p.grad = None
     timeline.mark("end")
@@ -118,26 +110,13 @@ def loss_scale(parameters: list[Any]) -> Any:
     return torch.full((), 65536.0, dtype=torch.float32, device="meta")
 
 
-def label(run: Run, handles: Iterable[int], what: str) -> None:
-    """Add to the names of these activations what they are."""
-    tags, labelled = run.timeline.tags, dict[Tag, Tag]()
-    for handle in handles:
-        tag = tags[handle]
-        if tag.category == "activations" and not tag.name.endswith((")", *NO_MODULE)):
-            if tag not in labelled:
-                labelled[tag] = tag._replace(name=f"{tag.name} ({what})")
-            tags[handle] = labelled[tag]
-
-
-def name(run: Run, parameters: list[Any], opt: Any) -> None:
+def name(run: Run, parameters: dict[str, Any], opt: Any) -> None:
     """Say which tensors are gradients and which are the optimizer's, and how many bytes each are in all."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    kept = list(states(opt))
-    run.tracker.retag(grads, "gradients", "gradients")
-    for key, tensor in kept:
-        run.tracker.retag([tensor], "optimizer", f"optimizer states: {key}")
-    timeline = run.timeline
-    timeline.trainable_parameters = sum(p.numel() for p in parameters)
+    name_gradients(run.tracker, parameters)
+    name_states(run.tracker, parameters, opt)
+    timeline, kept = run.timeline, list(states(opt))
+    grads = [p.grad for p in parameters.values() if p.grad is not None]
+    timeline.trainable_parameters = sum(p.numel() for p in parameters.values())
     timeline.gradients_bytes = sum(g.numel() * g.element_size() for g in grads)
     timeline.managed_bytes = getattr(opt, "managed_bytes", 0)
     own_bytes = sum(v.numel() * v.element_size() for _, v in kept if v.device.type == "meta")
@@ -176,22 +155,3 @@ def clip(parameters: list[Any]) -> None:
     factor = (1.0 / (total + 1e-6)).clamp(max=1.0)
     for g in grads:
         g.mul_(factor)
-
-
-@contextlib.contextmanager
-def recomputing(run: Run) -> Iterator[None]:
-    """What checkpointing computes again in the backward pass runs as on CUDA, too: autograd leaves function modes."""
-    hook = torch_checkpoint._recomputation_hook
-    enter, leave = hook.__enter__, hook.__exit__
-
-    def entered(self: Any) -> Any:
-        self.behaviour = CudaBehaviour(run.autocast, run.gpu)
-        self.behaviour.__enter__()
-        return enter(self)
-
-    def left(self: Any, *error: Any) -> Any:
-        self.behaviour.__exit__(*error)
-        return leave(self, *error)
-
-    with patch.object(hook, "__enter__", entered), patch.object(hook, "__exit__", left):
-        yield
