@@ -44,8 +44,7 @@ def kinds(config: Config) -> list[str]:
     if config.model_type == "bamba":
         softmax = config.items("attn_layer_indices") or []
         return ["full_attention" if i in softmax else "linear_attention" for i in range(layers)]
-    names = ("layer_types", "layers_block_type")
-    return hybrid_kinds(config, names, ["linear_attention"] * layers, ("full_attention", "linear_attention"))
+    return hybrid_kinds(config, ["linear_attention"] * layers, ("layer_types", "layers_block_type"))
 
 
 def state_space(config: Config, hidden: int) -> Mamba2:

@@ -77,7 +77,11 @@ LEGACY_KINDS = {"mamba": "linear_attention", "conv": "linear_attention", "attent
 
 
 def hybrid_kinds(
-    config: Config, names: tuple[str, ...], default: Iterable[str] | None, known: Iterable[str], exact: bool = True
+    config: Config,
+    default: Iterable[str],
+    names: tuple[str, ...] = ("layer_types",),
+    known: Iterable[str] = ("full_attention", "linear_attention"),
+    exact: bool = True,
 ) -> list[str]:
     """The kind of every layer, as the first of the keys `names` lists them, else `default`, in today's words.
 
@@ -85,7 +89,7 @@ def hybrid_kinds(
     as `num_hidden_layers` says.
     """
     listed = config.strings(*names)
-    kinds = [LEGACY_KINDS.get(kind, kind) for kind in (listed if listed is not None else default or ())]
+    kinds = [LEGACY_KINDS.get(kind, kind) for kind in (listed if listed is not None else default)]
     if exact and len(kinds) != (layers := config.layers("num_hidden_layers")):
         raise HfvramError("bad_config", f"config.json: {names[0]} has {len(kinds)} entries for {layers} layers")
     allowed = set(known)

@@ -21,7 +21,7 @@ def read(config: Config, class_name: str | None) -> Architecture:
     listed = config.items("full_attn_idxs")
     attends = range(layers) if listed is None else listed
     pattern = ["full_attention" if i in attends else "conv" for i in range(layers)]
-    kinds = hybrid_kinds(config, ("layer_types",), pattern, ("full_attention", "linear_attention"))
+    kinds = hybrid_kinds(config, pattern)
     first_routed = config.layers("num_dense_layers") if config.model_type == "lfm2_moe" else layers
 
     @cache

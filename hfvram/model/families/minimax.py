@@ -27,7 +27,7 @@ def read(config: Config, class_name: str | None) -> Architecture:
         )
 
     pattern = ["linear_attention" if i % 2 else "full_attention" for i in range(config.layers("num_hidden_layers"))]
-    kinds = hybrid_kinds(config, ("layer_types",), pattern, ("full_attention", "linear_attention"))
+    kinds = hybrid_kinds(config, pattern)
     return decoder(config, class_name, map(layer, kinds))
 
 

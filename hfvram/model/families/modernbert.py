@@ -38,7 +38,7 @@ def modern(config: Config, class_name: str | None) -> Architecture:
     hidden, vocab, bias = config.size("hidden_size"), config.size("vocab_size"), config.flag("norm_bias")
     layers, every = config.layers("num_hidden_layers"), config.size("global_attn_every_n_layers", default=3)
     pattern = ["sliding_attention" if i % every else "full_attention" for i in range(layers)]
-    kinds = hybrid_kinds(config, ("layer_types",), pattern, ("sliding_attention", "full_attention"))
+    kinds = hybrid_kinds(config, pattern, known=("sliding_attention", "full_attention"))
     activation, width = config.text("hidden_activation", default="gelu"), config.size("intermediate_size")
 
     @cache

@@ -47,7 +47,7 @@ def kinds(config: Config) -> list[str]:
     if len(pattern) > MAX_LAYERS:
         raise HfvramError("bad_config", f"config.json: hybrid_override_pattern has more than {MAX_LAYERS} layers")
     default = [LETTERS[letter] for letter in pattern or "ME*-"]
-    return hybrid_kinds(config, ("layers_block_type", "layer_types"), default, LETTERS.values(), exact=False)
+    return hybrid_kinds(config, default, ("layers_block_type", "layer_types"), LETTERS.values(), exact=False)
 
 
 def state_space(config: Config, hidden: int) -> Mamba2:

@@ -22,7 +22,7 @@ def read(config: Config, class_name: str | None) -> Architecture:
     pattern = ["linear_attention" if (i + 1) % 4 else "full_attention" for i in range(layers)]
     if layers and "full_attention" not in pattern:
         pattern[-1] = "full_attention"
-    kinds = hybrid_kinds(config, ("layer_types",), pattern, ("full_attention", "linear_attention"))
+    kinds = hybrid_kinds(config, pattern)
     if len(set(kinds)) != 2:
         raise HfvramError("bad_config", "config.json: olmo_hybrid needs layers of both kinds in layer_types")
     feed = gated_mlp("mlp", hidden, config.size("intermediate_size"), config.text("hidden_act", default="silu"))

@@ -9,29 +9,13 @@ from functools import cache
 from hfvram.errors import HfvramError, printable
 from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.config import Config
-from hfvram.model.families.blocks import (
-    attention,
-    convolution,
-    embedding,
-    fused_experts,
-    gated_mlp,
-    others,
-)
+from hfvram.model.families.blocks import attention, convolution, embedding, fused_experts, gated_mlp, others
 from hfvram.model.families.common import dtype_of, head_sizes, rotary
 from hfvram.model.families.decoder import around, hybrid_kinds
 from hfvram.model.families.defaults import class_of, known, prefix_of, section
 from hfvram.model.families.multimodal import wrapper
 from hfvram.model.families.qwen_vl import vision_3
-from hfvram.model.layers import (
-    Attention,
-    FeedForward,
-    GatedDeltaNet,
-    Layer,
-    MixtureOfExperts,
-    Param,
-    linear,
-    norm,
-)
+from hfvram.model.layers import Attention, FeedForward, GatedDeltaNet, Layer, MixtureOfExperts, Param, linear, norm
 
 WHOLE = {"qwen3_5": "Qwen3_5ForConditionalGeneration", "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration"}
 """Types whose configuration nests a text and a vision model, and the class of both together."""
@@ -74,7 +58,7 @@ def stack(config: Config, prefix: str) -> Stack:
     layers = config.layers("num_hidden_layers")
     every = config.size("full_attention_interval", default=4)
     pattern = ["linear_attention" if (i + 1) % every else "full_attention" for i in range(layers)]
-    kinds = hybrid_kinds(config, ("layer_types",), pattern, ("full_attention", "linear_attention"))
+    kinds = hybrid_kinds(config, pattern)
     routes = routed(config, layers)
     return Stack(
         name="text",

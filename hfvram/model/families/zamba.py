@@ -23,7 +23,7 @@ def read(config: Config, class_name: str | None) -> Architecture:
     config = known(config)
     second = config.model_type == "zamba2"
     hidden = config.size("hidden_size")
-    kinds = hybrid_kinds(config, ("layers_block_type", "layer_types"), pattern(config), ("linear_attention", "hybrid"))
+    kinds = hybrid_kinds(config, pattern(config), ("layers_block_type", "layer_types"), ("linear_attention", "hybrid"))
     blocks = config.size("num_mem_blocks") if second else 1
     hybrids = kinds.count("hybrid")
     shared = "shared_transformer" if second else "shared_transf"
