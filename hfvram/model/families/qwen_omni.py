@@ -10,9 +10,9 @@ from hfvram.model.config import Config
 from hfvram.model.families import blocks
 from hfvram.model.families.defaults import class_of, known, section
 from hfvram.model.families.multimodal import text_stack, wrapper
-from hfvram.model.families.qwen_audio import whisper_layer
 from hfvram.model.families.qwen_omni_speech import speech
 from hfvram.model.families.qwen_vl import vision_2_5
+from hfvram.model.families.whisper import layer
 from hfvram.model.layers import Param, linear, norm
 
 
@@ -56,7 +56,7 @@ def hearing(config: Config, prefix: str) -> Stack:
             Param(f"{prefix}positional_embedding.positional_embedding", positions, "buffer", "fp32"),
             *blocks.embedding(f"{prefix}audio_bos_eos_token", 2, out),
         ),
-        layers=(whisper_layer(config),) * config.layers("encoder_layers"),
+        layers=(layer(config, "encoder", hidden),) * config.layers("encoder_layers"),
         after=norm(f"{prefix}ln_post", hidden, True) + linear(f"{prefix}proj", hidden, out, True),
     )
 

@@ -6,11 +6,11 @@ Source: transformers 5.17, models/whisper/modeling_whisper.py and configuration_
 from hfvram.errors import HfvramError, printable
 from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.config import Config
-from hfvram.model.families.bart import layer
+from hfvram.model.families import bart
 from hfvram.model.families.blocks import convolution, embedding
 from hfvram.model.families.common import dtype_of
 from hfvram.model.families.defaults import known
-from hfvram.model.layers import linear, norm
+from hfvram.model.layers import Layer, linear, norm
 
 
 def read(config: Config, class_name: str | None) -> Architecture:
@@ -30,7 +30,7 @@ def read(config: Config, class_name: str | None) -> Architecture:
         hidden_size=hidden,
         before=embedding(f"{prefix}decoder.embed_tokens", vocab, hidden)
         + embedding(f"{prefix}decoder.embed_positions", targets, hidden),
-        layers=(layer(config, "decoder", hidden, pre_norm=True, key_bias=False),) * config.layers("decoder_layers"),
+        layers=(layer(config, "decoder", hidden),) * config.layers("decoder_layers"),
         after=norm(f"{prefix}decoder.layer_norm", hidden, bias=True),
     )
     return Architecture(
@@ -60,7 +60,12 @@ def encoder(config: Config, path: str, hidden: int) -> Stack:
         before=convolution(f"{path}.conv1", hidden, config.size("num_mel_bins"), 3)
         + convolution(f"{path}.conv2", hidden, hidden, 3)
         + embedding(f"{path}.embed_positions", frames, hidden),
-        layers=(layer(config, "encoder", hidden, pre_norm=True, key_bias=False),) * config.layers("encoder_layers"),
+        layers=(layer(config, "encoder", hidden),) * config.layers("encoder_layers"),
         after=norm(f"{path}.layer_norm", hidden, bias=True),
         tokens=frames,
     )
+
+
+def layer(config: Config, side: str, hidden: int) -> Layer:
+    """BART's, with the norms before each part; keys have no bias."""
+    return bart.layer(config, side, hidden, pre_norm=True, key_bias=False)
