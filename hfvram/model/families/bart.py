@@ -5,11 +5,10 @@ Source: transformers 5.17, models/{bart, mbart, marian, pegasus, m2m_100}/modeli
 
 from dataclasses import dataclass
 
-from hfvram.errors import HfvramError, printable
 from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.config import Config
 from hfvram.model.families.blocks import attention, embedding, mlp
-from hfvram.model.families.common import dtype_of, max_positions, num_labels
+from hfvram.model.families.common import class_and_end, dtype_of, max_positions, num_labels
 from hfvram.model.families.defaults import known
 from hfvram.model.layers import Attention, Layer, Param, linear, norm
 
@@ -40,12 +39,8 @@ STYLES = {
 def read(config: Config, class_name: str | None) -> Architecture:
     config = known(config)
     style = STYLES[config.model_type]
-    named = [class_name] if class_name else config.strings("architectures") or []
-    class_name = next((n for n in named if n.startswith(style.name)), class_name or f"{style.name}{style.generator}")
-    kind = class_name.removeprefix(style.name)
-    if kind not in (style.generator, "Model", "ForSequenceClassification", "ForQuestionAnswering"):
-        message = f"the class {printable(class_name, 60)!r} of {config.model_type} is not known"
-        raise HfvramError("unknown_architecture", message)
+    kinds = (style.generator, "Model", "ForSequenceClassification", "ForQuestionAnswering")
+    class_name, kind = class_and_end(config, class_name, style.name, kinds)
     hidden, vocab = config.size("d_model", "hidden_size"), config.size("vocab_size")
     tied = config.flag("tie_word_embeddings", default=True)
     shares = config.model_type != "marian" or config.flag("share_encoder_decoder_embeddings", default=True)

@@ -5,17 +5,16 @@ Source: transformers 5.17, models/{clip, siglip}/modeling_*.py and configuration
 
 from dataclasses import replace
 
-from hfvram.errors import HfvramError, printable
 from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.config import Config
 from hfvram.model.families.blocks import embedding
-from hfvram.model.families.common import dtype_of, max_positions, num_labels
+from hfvram.model.families.common import class_and_end, dtype_of, max_positions, num_labels
 from hfvram.model.families.defaults import known, section
 from hfvram.model.families.vision import clip_like, tower
 from hfvram.model.layers import Attention, Param, linear, norm
 
 FAMILIES = {"clip": "CLIP", "siglip": "Siglip"}
-CLASSES = {
+CLASSES: dict[str, tuple[str, ...]] = {
     "": ("Model", "ForImageClassification"),
     "_text_model": ("TextModel", "TextModelWithProjection"),
     "_vision_model": ("VisionModel", "VisionModelWithProjection"),
@@ -26,15 +25,11 @@ def read(config: Config, class_name: str | None) -> Architecture:
     """A configuration of both models also gives either alone, where that class is asked for."""
     config = known(config)
     base = config.model_type.split("_")[0]
-    family, part = FAMILIES[base], config.model_type.removeprefix(base)
-    default = {"": "Model", "_text_model": "TextModel", "_vision_model": "VisionModel"}[part]
-    named = [class_name] if class_name else config.strings("architectures") or []
-    class_name = next((n for n in named if n.startswith(family)), class_name or f"{family}{default}")
-    end = class_name.removeprefix(family)
-    allowed = sum(CLASSES.values(), ()) if not part else CLASSES[part]
-    if end not in allowed or (base == "siglip" and end.endswith("WithProjection")):
-        message = f"the class {printable(class_name, 60)!r} of {config.model_type} is not known"
-        raise HfvramError("unknown_architecture", message)
+    part = config.model_type.removeprefix(base)
+    ends = CLASSES[part] if part else sum(CLASSES.values(), ())
+    if base == "siglip":
+        ends = tuple(end for end in ends if not end.endswith("WithProjection"))
+    class_name, end = class_and_end(config, class_name, FAMILIES[base], ends)
     alone = end in ("TextModel", "VisionModel")
     text = text_config(config, part) if end in ("Model", *CLASSES["_text_model"]) else None
     seen = vision_config(config, part) if not end.startswith("Text") else None

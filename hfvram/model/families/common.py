@@ -1,5 +1,7 @@
 """What several families share: classes and heads, windows of layers, dtypes."""
 
+from collections.abc import Sequence
+
 from hfvram.errors import HfvramError, printable
 from hfvram.model.config import Config
 from hfvram.model.layers import Param, Rotary, linear
@@ -28,6 +30,17 @@ def max_positions(config: Config) -> int | None:
     names = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
     size = config.size(*names, default=0, low=-1, high=high)
     return size if size > 0 else None
+
+
+def class_and_end(config: Config, asked: str | None, family: str, ends: Sequence[str]) -> tuple[str, str]:
+    """The class to build, and its name without the family's: the one asked for, else the first of `architectures` that
+    is the family's, else that with the first of `ends`. Raises `unknown_architecture` for another end than those."""
+    named = [asked] if asked else config.strings("architectures") or []
+    class_name = next((n for n in named if n.startswith(family)), asked or f"{family}{ends[0]}")
+    if (end := class_name.removeprefix(family)) not in ends:
+        what = f"the class {printable(class_name, 60)!r} of {config.model_type}"
+        raise HfvramError("unknown_architecture", f"{what} is not known")
+    return class_name, end
 
 
 def causal_head(

@@ -6,11 +6,10 @@ Source: transformers 5.17, models/git/modeling_git.py and configuration_git.py.
 from dataclasses import replace
 from typing import Any
 
-from hfvram.errors import HfvramError, printable
 from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.config import Config
 from hfvram.model.families.blocks import embedding, mlp
-from hfvram.model.families.common import dtype_of, max_positions
+from hfvram.model.families.common import class_and_end, dtype_of, max_positions
 from hfvram.model.families.defaults import known, section
 from hfvram.model.families.encoder import encoder_layer, self_attention
 from hfvram.model.families.vision import clip
@@ -19,11 +18,8 @@ from hfvram.model.layers import Attention, Layer, Param, linear, norm
 
 def read(config: Config, class_name: str | None) -> Architecture:
     config = known(config)
-    named = [class_name] if class_name else config.strings("architectures") or []
-    class_name = next((n for n in named if n.startswith("Git")), class_name or "GitForCausalLM")
-    if class_name not in ("GitForCausalLM", "GitModel"):
-        raise HfvramError("unknown_architecture", f"the class {printable(class_name, 60)!r} of git is not known")
-    generates = class_name == "GitForCausalLM"
+    class_name, end = class_and_end(config, class_name, "Git", ("ForCausalLM", "Model"))
+    generates = end == "ForCausalLM"
     prefix, tied = "git." if generates else "", generates and config.flag("tie_word_embeddings")
     hidden, vocab = config.size("hidden_size"), config.size("vocab_size")
     seen = section(config, "vision_config")

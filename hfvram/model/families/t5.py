@@ -6,11 +6,11 @@ Source: transformers 5.17, models/{t5, mt5, umt5}/modeling_*.py and configuratio
 from dataclasses import replace
 from typing import Literal
 
-from hfvram.errors import HfvramError, printable
+from hfvram.errors import HfvramError
 from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.config import Config
 from hfvram.model.families.blocks import attention, embedding, gated_mlp, mlp
-from hfvram.model.families.common import dtype_of, max_positions, num_labels
+from hfvram.model.families.common import class_and_end, dtype_of, max_positions, num_labels
 from hfvram.model.families.defaults import known
 from hfvram.model.layers import Attention, FeedForward, Layer, Param, linear, norm
 
@@ -29,12 +29,7 @@ HEADS = (
 def read(config: Config, class_name: str | None) -> Architecture:
     """Embedding, encoder's and decoder's, and head are one tensor, whatever the configuration says."""
     config = known(config)
-    family = FAMILIES[config.model_type]
-    named = [class_name] if class_name else config.strings("architectures") or []
-    class_name = next((n for n in named if n.startswith(family)), class_name or f"{family}{HEADS[0]}")
-    if (kind := class_name.removeprefix(family)) not in HEADS:
-        message = f"the class {printable(class_name, 60)!r} of {config.model_type} is not known"
-        raise HfvramError("unknown_architecture", message)
+    class_name, kind = class_and_end(config, class_name, FAMILIES[config.model_type], HEADS)
     hidden, vocab = config.size("d_model", "hidden_size"), config.size("vocab_size")
     prefix = "transformer." if kind in ("ForSequenceClassification", "ForTokenClassification") else ""
     depth = config.layers("num_layers", "num_hidden_layers")

@@ -5,11 +5,11 @@ Source: transformers 5.17, models/{vit, deit, yolos, dinov2}/modeling_*.py and c
 
 from collections.abc import Callable
 
-from hfvram.errors import HfvramError, printable
+from hfvram.errors import HfvramError
 from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.config import Config
 from hfvram.model.families.blocks import convolution, mlp, others
-from hfvram.model.families.common import num_labels
+from hfvram.model.families.common import class_and_end, num_labels
 from hfvram.model.families.defaults import known
 from hfvram.model.families.encoder import encoder, encoder_layer, self_attention
 from hfvram.model.layers import Attention, FeedForward, Layer, Param, linear, norm
@@ -25,12 +25,8 @@ CLASSES = {
 
 def read(config: Config, class_name: str | None) -> Architecture:
     config = known(config)
-    kind, family = config.model_type, NAMES[config.model_type]
-    named = [class_name] if class_name else config.strings("architectures") or []
-    class_name = next((n for n in named if n.startswith(family)), class_name or f"{family}Model")
-    if (end := class_name.removeprefix(family)) not in CLASSES[kind]:
-        message = f"the class {printable(class_name, 60)!r} of {kind} is not known"
-        raise HfvramError("unknown_architecture", message)
+    kind = config.model_type
+    class_name, end = class_and_end(config, class_name, NAMES[kind], CLASSES[kind])
     bare, hidden = end == "Model", config.size("hidden_size")
     prefix = "" if bare else {"yolos": "vit."}.get(kind, f"{kind}.")
     before, tokens = embeddings(config, f"{prefix}embeddings", hidden)

@@ -7,7 +7,7 @@ from hfvram.errors import HfvramError, printable
 from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.config import Config
 from hfvram.model.families.blocks import convolution, mlp
-from hfvram.model.families.common import num_labels
+from hfvram.model.families.common import class_and_end, num_labels
 from hfvram.model.families.defaults import known
 from hfvram.model.families.encoder import encoder, encoder_layer, self_attention
 from hfvram.model.layers import Layer, Param, linear, norm
@@ -18,12 +18,8 @@ CLASSES = ("Model", "ForCTC", "ForSequenceClassification")
 
 def read(config: Config, class_name: str | None) -> Architecture:
     config = known(config)
-    kind, family = config.model_type, FAMILIES[config.model_type]
-    named = [class_name] if class_name else config.strings("architectures") or []
-    class_name = next((n for n in named if n.startswith(family)), class_name or f"{family}Model")
-    if (end := class_name.removeprefix(family)) not in CLASSES:
-        message = f"the class {printable(class_name, 60)!r} of {kind} is not known"
-        raise HfvramError("unknown_architecture", message)
+    kind = config.model_type
+    class_name, end = class_and_end(config, class_name, FAMILIES[kind], CLASSES)
     if config.flag("add_adapter") or config.flag("conv_pos_batch_norm"):
         raise HfvramError("unknown_architecture", f"{kind} with add_adapter or conv_pos_batch_norm is not known")
     prefix, hidden = "" if end == "Model" else f"{kind}.", config.size("hidden_size")

@@ -3,24 +3,19 @@
 Source: transformers 5.17, models/whisper/modeling_whisper.py and configuration_whisper.py.
 """
 
-from hfvram.errors import HfvramError, printable
 from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.config import Config
 from hfvram.model.families import bart
 from hfvram.model.families.blocks import convolution, embedding
-from hfvram.model.families.common import dtype_of
+from hfvram.model.families.common import class_and_end, dtype_of
 from hfvram.model.families.defaults import known
 from hfvram.model.layers import Layer, linear, norm
 
 
 def read(config: Config, class_name: str | None) -> Architecture:
     config = known(config)
-    named = [class_name] if class_name else config.strings("architectures") or []
-    class_name = next((n for n in named if n.startswith("Whisper")), class_name or "WhisperForConditionalGeneration")
-    if class_name not in ("WhisperForConditionalGeneration", "WhisperModel"):
-        message = f"the class {printable(class_name, 60)!r} of whisper is not known"
-        raise HfvramError("unknown_architecture", message)
-    generates = class_name != "WhisperModel"
+    class_name, end = class_and_end(config, class_name, "Whisper", ("ForConditionalGeneration", "Model"))
+    generates = end != "Model"
     prefix, tied = "model." if generates else "", generates and config.flag("tie_word_embeddings", default=True)
     hidden, vocab = config.size("d_model", "hidden_size"), config.size("vocab_size")
     targets = config.size("max_target_positions")
