@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import small
 
 from hfvram.answer.resolve import resolve
 from hfvram.errors import HfvramError
@@ -10,17 +11,7 @@ from hfvram.model.architecture import Architecture
 from hfvram.model.infer import infer
 from hfvram.request import Request
 
-LLAMA: dict[str, Any] = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 100,
-    "max_position_embeddings": 2048,
-    "torch_dtype": "bfloat16",
-}
+LLAMA = small.LLAMA | {"max_position_embeddings": 2048, "torch_dtype": "bfloat16"}
 BERT = {**LLAMA, "model_type": "bert", "architectures": ["BertModel"], "max_position_embeddings": 512}
 MPT = {"model_type": "mpt", "d_model": 64, "n_heads": 4, "n_layers": 2, "vocab_size": 100}
 
@@ -43,11 +34,7 @@ def refusal(architecture: Architecture, **options: Any) -> str:
 @pytest.mark.parametrize(("limit", "ctx"), [(2048, 2048), (4096, 4096), (131_072, 4096), (None, 4096), (512, 512)])
 def test_context_is_4096_or_the_models_limit(limit: int | None, ctx: int) -> None:
     config = {k: v for k, v in LLAMA.items() if k != "max_position_embeddings"}
-    a = (
-        infer({**config, "max_position_embeddings": limit})
-        if limit
-        else infer({**config, "max_position_embeddings": -1})
-    )
+    a = infer({**config, "max_position_embeddings": limit or -1})
     assert resolved(a).ctx == ctx
 
 

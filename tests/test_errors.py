@@ -18,6 +18,7 @@ import pytest
 from hub import FakeHub, Repo, Sparse, safetensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from small import LLAMA
 
 from hfvram.answer.question import answer, understand
 from hfvram.errors import HfvramError, printable
@@ -29,15 +30,6 @@ from hfvram.show.cli import main
 CONFIGS = Path(__file__).parents[1] / "fixtures" / "configs"
 FACTS = [json.loads(line) for line in (CONFIGS / "facts.jsonl").read_text().splitlines()]
 HEADERS = Path(__file__).parents[1] / "fixtures" / "headers"
-LLAMA = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 1000,
-}
 
 
 def raw(**changes: Any) -> bytes:

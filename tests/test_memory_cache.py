@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import small
 
 from hfvram.answer.resolve import resolve
 from hfvram.memory.formula import timeline
@@ -50,15 +51,7 @@ GPT = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-TRANSLATES = {
-    "vocab_size": 64,
-    "d_model": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 3,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 40,
+TRANSLATES = small.BART | {
     "max_position_embeddings": 128,
     "num_hidden_layers": 2,
     "pad_token_id": 0,
@@ -67,15 +60,7 @@ TRANSLATES = {
     "decoder_start_token_id": 2,
     "forced_eos_token_id": None,
 }
-T5 = {
-    "vocab_size": 64,
-    "d_model": 32,
-    "d_kv": 8,
-    "d_ff": 48,
-    "num_layers": 3,
-    "num_heads": 4,
-    "decoder_start_token_id": 0,
-}
+T5 = small.T5 | {"decoder_start_token_id": 0}
 V4 = {
     "head_dim": 16,
     "num_key_value_heads": 1,

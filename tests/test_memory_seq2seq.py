@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import small
 
 from hfvram.answer.resolve import resolve
 from hfvram.memory.allocator import replay
@@ -12,19 +13,8 @@ from hfvram.model.config import Config
 from hfvram.model.families import reader
 from hfvram.request import Request
 
-T5 = {"model_type": "t5", "vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 4}
-BART = {
-    "model_type": "bart",
-    "vocab_size": 64,
-    "d_model": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 3,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 40,
-    "max_position_embeddings": 2000,
-}
+T5 = small.T5 | {"model_type": "t5"}
+BART = small.BART | {"model_type": "bart", "max_position_embeddings": 2000}
 WHISPER = BART | {"model_type": "whisper", "max_source_positions": 30, "max_target_positions": 20, "num_mel_bins": 8}
 
 

@@ -1,8 +1,6 @@
 """Weights as they stand: by hand, and against what an H100 held once each model was built."""
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,6 @@ from hfvram.memory.weights import (
 from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.infer import infer
 from hfvram.model.layers import Param
-from hfvram.model.patterns import chosen
 
 MEASURED = Path(__file__).parents[1] / "fixtures" / "measured" / "h100.jsonl"
 CASES = [case for case in map(json.loads, MEASURED.read_text().splitlines()) if case["request"]["mode"] == "inference"]
@@ -141,34 +138,6 @@ def test_packed_weights() -> None:
 # --- what a checkpoint's quantization leaves alone
 
 
-@pytest.mark.parametrize(
-    ("name", "pattern", "yes"),
-    [
-        ("lm_head.weight", "lm_head", True),
-        ("model.lm_head.weight", "lm_head", True),
-        ("model.layers.1.self_attn.q_proj.weight", "model.layers.1", True),
-        ("model.layers.10.self_attn.q_proj.weight", "model.layers.1", False),
-        ("model.layers.10.self_attn.q_proj.weight", "self_attn", True),
-        ("model.layers.10.self_attn.q_proj.weight", "attn", False),
-        ("model.layers.10.mlp.gate_proj.weight", "gate", False),
-        ("model.layers.10.mlp.gate.weight", "mlp.gate", True),
-        ("model.layers.10.mlp.gate.weight", "model.layers.*.mlp.gate", True),
-        ("model.layers.10.mlp.up.weight", "model.layers.*.mlp.gate", False),
-        ("model.vision_tower.layers.0.x.weight", "model.vision_tower*", True),
-        ("model.layers.0.x.weight", "*", True),
-        ("model.layers.0.mlp.gate.weight", r"re:.*mlp\.gate\..*", True),
-        ("model.layers.0.mlp.gate_proj.weight", r"re:.*mlp\.gate\..*", False),
-        ("lm_head.weight", "re:.*lm_head", True),
-        ("model.layers.0.x.weight", "re:layers", False),
-        ("model.layers.0.x.weight", "re:(", False),
-        ("model.a+b.weight", "a+b", True),
-        ("model.aab.weight", "a+b", False),
-    ],
-)
-def test_patterns_of_modules(name: str, pattern: str, yes: bool) -> None:
-    assert chosen((pattern,))(name) is yes
-
-
 def model(*params: Param, **facts: Any) -> Architecture:
     stack = Stack(name="text", layers=(), before=params)
     return Architecture(
@@ -211,20 +180,6 @@ def test_the_order_is_the_one_in_which_the_model_is_built() -> None:
         (20, BUFFERS.name),
         (14, WEIGHTS.name),
     ]
-
-
-# hostile patterns: a configuration is somebody else's text
-
-
-@pytest.mark.parametrize("pattern", ["re:" + "(" * 5000, "re:a{99999999999}"])
-def test_what_re_can_not_compile(pattern: str) -> None:
-    assert chosen((pattern,))("model.layers.0.self_attn.q_proj.weight") is False
-
-
-@pytest.mark.parametrize("pattern", ["re:(([a-z._0-9]+)+)+!", "*" * 30 + "!"])
-def test_hostile_patterns_are_over_at_once(pattern: str) -> None:
-    code = f"from hfvram.model.patterns import chosen; chosen(({pattern!r},))('model.layers.0.self_attn.q_proj.weight')"
-    subprocess.run([sys.executable, "-c", code], timeout=2, check=True)
 
 
 def test_hundreds_of_patterns_are_quick() -> None:

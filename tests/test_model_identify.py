@@ -4,23 +4,15 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from small import LLAMA
 
 from hfvram.errors import HfvramError
 from hfvram.model.identify import identify, identify_components, needs_headers
 from hfvram.model.infer import infer
 from hfvram.read.checkpoint import Adapter, Checkpoint, StoredTensor
 
-LLAMA: dict[str, Any] = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 100,
-}
-# embedding and head 2 · 100 · 64; a layer 4 · 64² + 3 · 64 · 96 + 2 · 64; the last norm
-PARAMETERS = 12_800 + 2 * (16_384 + 18_432 + 128) + 64
+# embedding and head 2 · 1000 · 256; a layer 2 · 256² + 2 · 256 · 128 + 3 · 256 · 512 + 2 · 256; the last norm
+PARAMETERS = 512_000 + 2 * (131_072 + 65_536 + 393_216 + 512) + 256
 
 
 def stored(config: dict[str, Any] = LLAMA, dtype: str = "BF16") -> tuple[StoredTensor, ...]:
@@ -111,7 +103,7 @@ def test_a_quantized_checkpoint_stands_as_it_is_stored() -> None:
 def test_an_adapter_is_added() -> None:
     config = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}
     m = identify(checkpoint(adapter=Adapter("me/lora", config, None)))
-    assert m.parameters == PARAMETERS + 2 * 2 * (64 + 64)
+    assert m.parameters == PARAMETERS + 2 * 2 * (256 + 256)
     assert m.architecture.active_parameters == m.parameters
 
 

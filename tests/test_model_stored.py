@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from small import LLAMA
 
 from hfvram.model.architecture import Architecture
 from hfvram.model.infer import infer
@@ -10,16 +11,6 @@ from hfvram.model.stored import count
 from hfvram.read.checkpoint import StoredTensor
 from hfvram.read.headers import BITS
 
-LLAMA = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 1000,
-}
 Table = dict[str, tuple[str, tuple[int, ...]]]
 
 
