@@ -120,7 +120,7 @@ def test_hybrid_layers_keep_keys_values_and_states(order: int) -> None:
     layer = Layer(mixers=(part, SOFTMAX)[::order], feed_forward=DENSE)
     t, f, cache = timeline(), Forward(batch=2, tokens=50), list[int]()
     for step in (f, replace(f, tokens=1, past=50), replace(f, tokens=1, past=51)):
-        t.free(hybrid(t, step, layer, 0, cache))
+        t.free(hybrid(t, step, layer, cache))
     keys_and_values = 2 * 52 * 2 * 16 * 2 * 2
     states = 2 * ((128 + 2 * 16) * 4 * 2 + 128 * 16 * 4)
     assert live_bytes(t) == sum(t.sizes[h] for h in cache) == keys_and_values + states

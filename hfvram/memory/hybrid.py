@@ -30,8 +30,8 @@ def scales_embedding(layers: tuple[Layer, ...]) -> bool:
     return any(isinstance(m, Mamba2) and m.multipliers for layer in layers[:1] for m in layer.mixers)
 
 
-def hybrid(t: Timeline, f: Forward, layer: Layer, hidden: int, cache: list[int]) -> int:
-    """One such layer: its output's handle; `hidden`, its input, is the caller's to free.
+def hybrid(t: Timeline, f: Forward, layer: Layer, cache: list[int]) -> int:
+    """One such layer: its output's handle; its input is the caller's to free.
 
     `cache` holds keys and values first, then the states.
     """

@@ -174,7 +174,7 @@ def run_layer(t: Timeline, f: Forward, layer: Layer, hidden: int, cache: list[in
     """One layer: its output's handle; `hidden`, its input, is the caller's to free."""
     width = layer_width(layer)
     if is_hybrid(layer):
-        return hybrid(t, f, layer, hidden, cache)
+        return hybrid(t, f, layer, cache)
     if layer.streams > 1:
         return streams_layer(t, f, layer, width, cache)
     if layer.residual_fp32 and f.half:

@@ -32,7 +32,7 @@ def stack(config: Config, prefix: str) -> Stack:
     def mixer(indexer: bool) -> LatentAttention:
         return latent_attention(config, hidden, indexer)
 
-    def attend(config: Config, index: int) -> LatentAttention:
+    def attend(index: int) -> LatentAttention:
         return mixer(indexed[index])
 
     if config.model_type == "minicpm3":

@@ -49,7 +49,7 @@ def stack(config: Config, prefix: str) -> Stack:
             params=sum(connections, norms),
         )
 
-    text = llama.stack(config, prefix, lambda config, i: mixture, lambda config, i: attention(config, hidden, kinds[i]))
+    text = llama.stack(config, prefix, lambda i: mixture, lambda i: attention(config, hidden, kinds[i]))
     head = tuple(
         Param(f"{prefix}hc_head.{name}", shape, "other")
         for name, shape in (("hc_fn", (streams, streams * hidden)), ("hc_base", (streams,)), ("hc_scale", (1,)))

@@ -19,10 +19,9 @@ def _table() -> Mapping[str, Mapping[str, Any]]:
     return table
 
 
-def known(config: Config, model_type: str | None = None) -> Config:
-    """The configuration with the defaults of its type (its own, else `model_type`) behind it."""
-    kind = config.model_type or model_type or ""
-    return _known(config, kind, kind)
+def known(config: Config) -> Config:
+    """The configuration with the defaults of its type behind it."""
+    return _known(config, config.model_type, config.model_type)
 
 
 def _known(config: Config, kind: str, key: str) -> Config:

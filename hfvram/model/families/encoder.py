@@ -84,10 +84,10 @@ def label_head(config: Config, head: Head, hidden: int, name: str = "classifier"
     return linear(name, hidden, 1 if head == "choice" else num_labels(config), bias=True, kind="head")
 
 
-def dense_head(config: Config, hidden: int, name: str = "classifier") -> tuple[Param, ...]:
+def dense_head(config: Config, hidden: int) -> tuple[Param, ...]:
     """RoBERTa's classifier: a dense layer, then one over the labels."""
-    last = linear(f"{name}.out_proj", hidden, num_labels(config), bias=True, kind="head")
-    return linear(f"{name}.dense", hidden, hidden, bias=True) + last
+    last = linear("classifier.out_proj", hidden, num_labels(config), bias=True, kind="head")
+    return linear("classifier.dense", hidden, hidden, bias=True) + last
 
 
 def masked_head(

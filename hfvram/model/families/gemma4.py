@@ -50,10 +50,10 @@ def stack(config: Config, prefix: str) -> Stack:
     per_layer = config.size("hidden_size_per_layer_input", default=0, low=0)
     extra = layer_extras(config, hidden, per_layer)
 
-    def attend(config: Config, i: int) -> Attention:
+    def attend(i: int) -> Attention:
         return attention(config, hidden, kinds[i] == "sliding_attention", shares=i >= first_shared)
 
-    def feed(config: Config, i: int) -> FeedForward | MixtureOfExperts:
+    def feed(i: int) -> FeedForward | MixtureOfExperts:
         wide = config.flag("use_double_wide_mlp") and i >= first_shared > 0
         return feed_forward(config, hidden, config.size("intermediate_size") * (2 if wide else 1))
 

@@ -17,8 +17,8 @@ from hfvram.model.families.defaults import opened
 from hfvram.model.families.styles import STYLES, Style, flag, rope_layers, windows
 from hfvram.model.layers import Attention, FeedForward, Layer, Mixer, MixtureOfExperts, Param, Rotary, norm
 
-Feed = Callable[[Config, int], FeedForward | MixtureOfExperts]
-Attend = Callable[[Config, int], Mixer]
+Feed = Callable[[int], FeedForward | MixtureOfExperts]
+Attend = Callable[[int], Mixer]
 """The feed-forward, the mixer of a layer by its index."""
 
 
@@ -55,7 +55,7 @@ def stack(config: Config, prefix: str, feed: Feed | None = None, attend: Attend 
     hidden, vocab = config.size("hidden_size"), config.size("vocab_size")
     layers = config.layers("num_hidden_layers")
     listed = rope_layers(config, layers) if style.rope_on == "listed" else []
-    build = feed or (lambda config, index: feed_forward(config, style, hidden))
+    build = feed or (lambda i: feed_forward(config, style, hidden))
 
     @cache
     def one(mixer: Mixer, feed: FeedForward | MixtureOfExperts) -> Layer:
@@ -73,7 +73,7 @@ def stack(config: Config, prefix: str, feed: Feed | None = None, attend: Attend 
 
     slid = [] if attend else windows(config, style, layers)
 
-    def attends(config: Config, i: int) -> Mixer:
+    def attends(i: int) -> Mixer:
         rotates = listed[i] if listed else True
         if style.rope_on == "sliding":
             rotates = slid[i] is not None or not config.size("sliding_window", default=0, low=0)
@@ -86,7 +86,7 @@ def stack(config: Config, prefix: str, feed: Feed | None = None, attend: Attend 
         prefix=f"{prefix}layers",
         hidden_size=hidden,
         before=(Param(f"{prefix}embed_tokens.weight", (vocab, hidden), "embedding"),),
-        layers=tuple(one(build_mixer(config, i), build(config, i)) for i in range(layers)),
+        layers=tuple(one(build_mixer(i), build(i)) for i in range(layers)),
         after=norm(f"{prefix}{style.final_norm}", hidden, style.norm_bias) if style.norm_weight else (),
     )
 
@@ -137,9 +137,9 @@ def qk_norms(style: Style, over: str | None, heads: int, kv_heads: int, head_dim
     return found
 
 
-def feed_forward(config: Config, style: Style, hidden: int, width: int | None = None) -> FeedForward:
-    """The family's dense feed-forward, of the configuration's width unless another is given."""
-    width = width or config.size("intermediate_size")
+def feed_forward(config: Config, style: Style, hidden: int) -> FeedForward:
+    """The family's dense feed-forward."""
+    width = config.size("intermediate_size")
     activation = config.text("hidden_activation", "hidden_act", default="silu")
     bias = flag(config, style.mlp_bias)
     if style.mlp == "gated":

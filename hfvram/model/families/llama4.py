@@ -40,11 +40,11 @@ def stack(config: Config, prefix: str) -> Stack:
     listed = config.items("moe_layers")
     experts, dense = mixture(config, hidden), feed_forward(config, hidden)
 
-    def attend(config: Config, i: int) -> Attention:
+    def attend(i: int) -> Attention:
         chunked = kinds[i] == "chunked_attention" if kinds else rotates[i]
         return attention(config, hidden, chunk if chunked else None, rotates[i])
 
-    def feed(config: Config, i: int) -> FeedForward | MixtureOfExperts:
+    def feed(i: int) -> FeedForward | MixtureOfExperts:
         return experts if (i in listed if listed is not None else (i + 1) % step == 0) else dense
 
     return llama.stack(config, prefix, feed, attend)

@@ -122,7 +122,7 @@ def stack(config: Config, prefix: str, attend: llama.Attend | None = None) -> St
     layout, style = EXPERTS[config.model_type], STYLES[config.model_type]
     mixture = mixture_of_experts(config, layout, hidden)
 
-    def feed(config: Config, index: int) -> FeedForward | MixtureOfExperts:
+    def feed(index: int) -> FeedForward | MixtureOfExperts:
         return mixture if layout.sparse(config, index) else llama.feed_forward(config, style, hidden)
 
     return llama.stack(config, prefix, feed, attend)
