@@ -44,7 +44,7 @@ class ByHand(Allocator):
 
     def copy(self) -> "ByHand":
         same, other = super().copy(), ByHand()
-        other.allocated, other.reserved, other.end, other.pools = same.allocated, same.reserved, same.end, same.pools
+        other.allocated, other.reserved, other.gaps, other.pools = same.allocated, same.reserved, same.gaps, same.pools
         other.peak_allocated = self.peak_allocated
         return other
 
@@ -145,6 +145,26 @@ def test_of_equal_blocks_the_lowest_address_serves_and_segments_grow_downwards()
     a.free(first)
     a.free(second)
     assert a.malloc(30 * MiB) is second
+
+
+def test_large_segments_are_aligned_and_small_ones_fill_the_gaps() -> None:
+    a = ByHand()
+    assert a.place(20 * MiB) == -20 * MiB
+    assert a.place(40 * MiB) == -64 * MiB  # from -64 to -24: 4 MiB stay free above, none below
+    assert a.place(2 * MiB) == -22 * MiB
+    assert a.place(4 * MiB) == -68 * MiB  # 2 MiB are left above, so it lies below all
+    assert a.copy().place(2 * MiB) == -24 * MiB
+
+
+def test_addresses_given_back_serve_again() -> None:
+    a = ByHand()
+    blocks = [a.malloc(n * MiB) for n in (20, 40, 12, 12)]
+    assert [block[1] // MiB for block in blocks] == [-20, -64, -76, -88]
+    for block in blocks[:3]:
+        a.free(block)
+    a.empty_cache()
+    assert a.place(60 * MiB) == -64 * MiB  # the first two are one gap now
+    assert a.place(12 * MiB) == -76 * MiB
 
 
 def test_within_a_segment_the_lowest_address_comes_first() -> None:
