@@ -19,6 +19,7 @@ from hfvram.request import Request
 from hfvram.show.json import dumps
 from hfvram.show.layout import coloured, plain
 from hfvram.show.options import GRID, LATER, GroupedCommand, options
+from hfvram.show.progress import waiting
 from hfvram.show.table import Row
 from hfvram.units import GiB
 
@@ -94,7 +95,10 @@ def _ask(ctx: click.Context, /, models: tuple[str, ...], **values: Any) -> int:
         raise HfvramError("usage", f"one of {', '.join(f'--{k}' for k in sorted(output - {'quiet'}))} at a time")
     source = {k: v for k, v in given.items() if k in SOURCE}
     asked = {k: v for k, v in given.items() if k not in SOURCE + OUTPUT}
-    rows = list(answers(models, asked, source))
+    simulates = asked.get("method") == "simulate" or asked.get("mode", "inference") != "inference"
+    doing = "running the model's own code on the meta device" if simulates else f"reading {printable(models[0], 60)}"
+    with waiting(doing, quiet="quiet" in output):
+        rows = list(answers(models, asked, source))
     if len(rows) == 1 and isinstance(rows[0].answer, HfvramError):
         raise rows[0].answer
     notices(rows, quiet="quiet" in output)
