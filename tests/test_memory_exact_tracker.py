@@ -89,7 +89,8 @@ def test_a_mask_is_all_ones_unless_padded() -> None:
             assert bool(mask.sum() == mask.numel()) is unpadded
             assert bool(torch.isfinite(torch.ones((2, 8, 4), device="meta")).all())
             assert not torch.isinf(torch.ones((2, 8, 4), device="meta")).any()
-            assert mask[0, 0].item() == 0
+            assert mask[0, 0].item() == 1
+            assert torch.empty((2, 8), dtype=torch.long, device="meta")[0, 0].item() == 0
 
 
 def test_workspaces_come_with_the_first_product_of_each_thread() -> None:

@@ -11,6 +11,7 @@ from hfvram.memory.timeline import Tag
 from hfvram.model import meta
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TOKENS = ("pad_token_id", "bos_token_id", "decoder_start_token_id")
 OWN = "the model's own tensors"
 
 
@@ -23,8 +24,26 @@ def build(tracker: Tracker, config: Mapping[str, Any], class_name: str | None, d
     with tracker:
         asked = {} if attention == "sdpa" else {"_attn_implementation": attention}  # sdpa is the default where it runs
         model = meta.build({**config, **asked}, class_name, dtype)
+        settle(model)
     tracker.category = "activations"
     return model
+
+
+def settle(model: Any) -> None:
+    """Fill in what a checkpoint brings along: ids of tokens that generation and shifted labels start with.
+
+    Which ids they are changes no size. And all parameters are on meta, those too that are made of random numbers.
+    """
+    generation = getattr(model, "generation_config", None)
+    holders = [h for h in (generation, model.config if model.config.is_encoder_decoder else None) if h is not None]
+    for holder in holders:
+        for name in TOKENS:
+            if getattr(holder, name, None) is None:
+                setattr(holder, name, 0)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.device.type != "meta":
+                module._parameters[name] = torch.nn.Parameter(parameter.to("meta"), parameter.requires_grad)
 
 
 def name_tensors(tracker: Tracker, model: Any) -> None:

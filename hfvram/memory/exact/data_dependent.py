@@ -2,7 +2,7 @@
 
 - The input is unpadded unless it is said to be: a mask is all ones (`all`, or `sum() == numel()`); activations are all
   finite.
-- A token is an ordinary one: none of the special ids that it is compared to, and none of the padding that labels mark.
+- A token is an ordinary one: none of the special ids that it is compared to, above zero and below every bound.
 - Routing is balanced: each of E experts gets 1/E of the choices, and every expert that can get one gets one.
 - What was filled with one value (`ones`, `zeros`, `full`) has it; a sum, a count or a comparison of such is worked out.
 - Any other mask selects everything, any other boolean is False, any other number 0, and all numbers are equal.
@@ -10,9 +10,11 @@
 So code that depends on data takes the path of ordinary, balanced input.
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 
@@ -61,7 +63,20 @@ def values(sight: "Tracker", tensor: Any) -> Any:
 def selected(sight: "Tracker", mask: Any) -> int:
     """How many elements of a mask are true; an expert's share is rounded up."""
     known = mean(sight, mask)
-    return mask.numel() if known is None else min(mask.numel(), math.ceil(known * mask.numel() - 1e-6))
+    number: int = mask.numel()
+    return number if known is None else min(number, math.ceil(known * number - 1e-6))
+
+
+@contextlib.contextmanager
+def legible() -> Iterator[None]:
+    """A number on meta is written as its value: names of modules are made of some (`expert_3`)."""
+    written = torch.Tensor.__format__
+
+    def write(tensor: Any, spec: str) -> str:
+        return format(tensor.item(), spec) if tensor.is_meta and tensor.dim() == 0 else written(tensor, spec)
+
+    with patch.object(torch.Tensor, "__format__", write):
+        yield
 
 
 def _nonzero(sight: "Tracker", func: Any, args: Any, kwargs: Any) -> Any:
@@ -95,9 +110,39 @@ def _index(sight: "Tracker", func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _index_put(sight: "Tracker", func: Any, args: Any, kwargs: Any) -> Any:
-    """A single value is filled in by `masked_fill_` on CUDA, without positions."""
-    found = None if args[2].numel() == 1 else _indexed(sight, args[1])
+    """A single value is filled in by `masked_fill_` on CUDA, without positions; of several there are as many as fit."""
+    if args[2].numel() == 1:
+        return NotImplemented
+    mask = args[1][0] if len(args[1]) == 1 else None
+    if mask is not None and mask.dtype == torch.bool and args[2].dim() > args[0].dim() - mask.dim():
+        learn(sight, mask, args[2].shape[0] / mask.numel())
+    found = _indexed(sight, args[1])
     return NotImplemented if found is None else func(args[0], found, *args[2:], **kwargs)
+
+
+def _masked_fill(sight: "Tracker", func: Any, args: Any, kwargs: Any) -> Any:
+    """The value may be a number of host memory, which on meta is refused."""
+    value = args[2]
+    if not isinstance(value, torch.Tensor) or value.device.type == "meta":
+        return NotImplemented
+    return func._overloadpacket.Scalar(args[0], args[1], value.item())
+
+
+def _ctc_loss(sight: "Tracker", func: Any, args: Any, kwargs: Any) -> Any:
+    """Every target is as long as the others. Source: PyTorch 2.11, native/cuda/LossCTC.cu."""
+    frames, batch, _ = args[0].shape
+    longest = args[1].shape[1] if args[1].dim() == 2 else -(-args[1].numel() // batch)
+    return args[0].new_empty(batch), args[0].new_empty((batch, frames, 2 * longest + 1))
+
+
+def _ctc_loss_backward(sight: "Tracker", func: Any, args: Any, kwargs: Any) -> Any:
+    """Beside the gradient it holds the betas, which are as large as the alphas."""
+    with sight:
+        betas = torch.empty_like(args[6])
+    out = torch.empty_like(args[1])
+    sight.see(out)
+    del betas
+    return out
 
 
 def _bincount(sight: "Tracker", func: Any, args: Any, kwargs: Any) -> Any:
@@ -139,6 +184,10 @@ ANSWERS: dict[Any, Callable[[Any, Any, Any, Any], Any]] = {
     aten.index: _index,
     aten.index_put: _index_put,
     aten.index_put_: _index_put,
+    aten.masked_fill: _masked_fill,
+    aten.masked_fill_: _masked_fill,
+    aten._ctc_loss: _ctc_loss,
+    aten._ctc_loss_backward: _ctc_loss_backward,
     aten.bincount: _bincount,
     aten._unique2: _unique,
     aten.unique_consecutive: _unique,
@@ -201,7 +250,7 @@ def _eq(sight: "Tracker", args: Any, out: Any) -> None:
         return
     other = args[1]
     if not isinstance(other, torch.Tensor):
-        _compare(lambda a, b: a == b, False)(sight, args, out)
+        _compare(lambda a, b: a == b, lambda b: False)(sight, args, out)
     elif other.dim() == 1 and other.numel() > 1 and args[0].shape[-1:] == (1,) and not other.is_floating_point():
         learn(sight, out, 1 / other.numel())
 
@@ -211,16 +260,16 @@ def _all(sight: "Tracker", args: Any, out: Any) -> None:
         _tell(sight, out, sight.unpadded or args[0].dim() > 2)
 
 
-def _compare(holds: Callable[[float, float], bool], ordinary: bool | None) -> Callable[[Any, Any, Any], None]:
-    """A comparison with a number: of known values, or of tokens, which are ordinary."""
+def _compare(holds: Callable[[float, float], bool], token: Callable[[float], bool]) -> Callable[[Any, Any, Any], None]:
+    """A comparison with a number: of known values, or of tokens, which are ordinary: `token` of the number."""
 
     def note(sight: "Tracker", args: Any, out: Any) -> None:
         if not isinstance(args[1], (int, float)):
             return
         if (known := mean(sight, args[0])) is not None:
             learn(sight, out, float(holds(known, args[1])))
-        elif not args[0].is_floating_point() and args[0].dtype != torch.bool and ordinary is not None:
-            learn(sight, out, float(ordinary))
+        elif not args[0].is_floating_point() and args[0].dtype != torch.bool:
+            learn(sight, out, float(token(args[1])))
 
     return note
 
@@ -231,7 +280,7 @@ def _above(sight: "Tracker", args: Any, out: Any) -> None:
     if known is not None and args[1] == 0 and 0 < known < 1:
         learn(sight, out, known)
     else:
-        _compare(lambda a, b: a > b, True)(sight, args, out)
+        _compare(lambda a, b: a > b, lambda b: b <= 0)(sight, args, out)
 
 
 def _not(sight: "Tracker", args: Any, out: Any) -> None:
@@ -250,9 +299,9 @@ def _and(sight: "Tracker", args: Any, out: Any) -> None:
 NOTES: dict[Any, Callable[[Any, Any, Any], None]] = {
     aten.all: _all,
     aten.eq: _eq,
-    aten.ne: _compare(lambda a, b: a != b, True),
-    aten.ge: _compare(lambda a, b: a >= b, True),
-    aten.lt: _compare(lambda a, b: a < b, False),
+    aten.ne: _compare(lambda a, b: a != b, lambda b: True),
+    aten.ge: _compare(lambda a, b: a >= b, lambda b: b <= 0),
+    aten.lt: _compare(lambda a, b: a < b, lambda b: b > 0),
     aten.gt: _above,
     aten.ones: _constant(1.0),
     aten.ones_like: _constant(1.0),

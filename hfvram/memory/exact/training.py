@@ -1,13 +1,14 @@
 """Two training steps on the meta device: forward, backward, clipping, optimizer step, as a training loop runs them."""
 
 import contextlib
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from hfvram.errors import HfvramError
+from hfvram.memory.exact.data_dependent import legible
+from hfvram.memory.exact.inputs import inputs
 from hfvram.memory.exact.labels import name_gradients, name_states
 from hfvram.memory.exact.optimizers import fused_on_meta, optimizer, states
 from hfvram.memory.exact.run import Run
@@ -20,10 +21,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 def train(run: Run, model: Any, request: Request) -> None:
     """Train a built model for two steps. The peaks start anew before the first."""
-    run.tracker.category = "inputs"
-    with run.tracker:
-        ids = torch.empty((request.batch, request.ctx or 1), dtype=torch.int64, device="meta")
-    run.tracker.category = "activations"
+    given = inputs(run, model, request)
     model.train()
     if request.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -41,11 +39,11 @@ def train(run: Run, model: Any, request: Request) -> None:
         trained = place(run, trained, request)
     run.stands()
     parameters = [p for p in trained.parameters() if p.requires_grad]
-    with run.on_cuda(model), run.autocast.stands_in():
-        steps(run, trained, ids, parameters, request)
+    with run.on_cuda(model), run.autocast.stands_in(), legible():
+        steps(run, trained, given, parameters, request)
 
 
-def steps(run: Run, model: Any, ids: Any, parameters: list[Any], request: Request) -> None:
+def steps(run: Run, model: Any, given: dict[str, Any], parameters: list[Any], request: Request) -> None:
     """Forward, backward and update, twice. FSDP has a precision of its own, and needs no autocast."""
     tracker, timeline = run.tracker, run.timeline
     held = [own(p) for p in parameters]
@@ -54,7 +52,6 @@ def steps(run: Run, model: Any, ids: Any, parameters: list[Any], request: Reques
     opt = optimizer(request.optimizer, held, linear(model, parameters))
     autocast = request.mixed_precision != "no" and request.fsdp is None
     scale = loss_scale(parameters) if autocast and request.mixed_precision == "fp16" else None
-    given = {"input_ids": ids} | ({"labels": ids} if takes_labels(model) else {})
     for _ in range(STEPS):
         for missing in reversed(range(min(request.grad_accum, 2))):  # later ones are as the second
             with unsynced(model) if missing else contextlib.nullcontext():
@@ -89,12 +86,6 @@ def linear(model: Any, parameters: list[Any]) -> list[bool]:
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     weights = {id(m.weight) for m in inner.modules() if isinstance(m, torch.nn.Linear) and m is not head}
     return [id(p) in weights and p.dim() == 2 for p in parameters]
-
-
-def takes_labels(model: Any) -> bool:
-    """Whether the model computes its own loss."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "labels" in inspect.signature(getattr(inner, "module", inner).forward).parameters
 
 
 def loss_of(out: Any) -> Any:
