@@ -51,8 +51,9 @@ def build(
                 return build_remote(str(path), getattr(torch, DTYPES[dtype]))
             config = configuration(config_values)
             model_class = class_of(config, class_name)
-            if not isinstance(config, model_class.config_class):
-                config = config.get_text_config()
+            wanted = model_class.config_class
+            if not isinstance(config, wanted) and isinstance(config.get_text_config(), wanted):
+                config = config.get_text_config()  # a class for the text of a larger model
             return model_class._from_config(config, dtype=getattr(torch, DTYPES[dtype]))
     except HfvramError:
         raise
@@ -118,13 +119,17 @@ def class_of(config: Any, class_name: str | None) -> Any:
     import transformers
 
     def exported(name: Any) -> Any:
-        if not isinstance(name, str) or name.startswith("_") or name not in dir(transformers):
+        if not isinstance(name, str) or name.startswith("_"):
             return None
-        found = getattr(transformers, name)
+        try:
+            found = getattr(transformers, name, None)
+        except (ImportError, RuntimeError):  # what transformers exports, but can't import here
+            return None
         if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
             return None
         text = config.sub_configs.get("text_config")
-        return found if getattr(found, "config_class", None) in (type(config), text) else None
+        own = getattr(found, "config_class", None) in (type(config), text)
+        return found if own or any(found in _classes(config, mapping) for mapping in auto_mappings(config)) else None
 
     if class_name is not None:
         if (found := exported(class_name)) is None:
@@ -137,10 +142,20 @@ def class_of(config: Any, class_name: str | None) -> Any:
         if (found := exported(name)) is not None:
             return found
     for mapping in auto_mappings(config):
-        if type(config) in (classes := getattr(transformers, mapping)):
-            found = classes[type(config)]
-            return found[0] if isinstance(found, tuple) else found
+        if found := _classes(config, mapping):
+            return found[0]
     raise HfvramError("unknown_architecture", f"transformers has no model for {printable(config.model_type, 60)!r}")
+
+
+def _classes(config: Any, mapping: str) -> tuple[Any, ...]:
+    """The classes that one of AutoModel's tables has for a configuration: some have another type's."""
+    import transformers
+
+    table = getattr(transformers, mapping)
+    if type(config) not in table:
+        return ()
+    found: Any = table[type(config)]
+    return found if isinstance(found, tuple) else (found,)
 
 
 def auto_mappings(config: Any) -> tuple[str, ...]:
