@@ -3,6 +3,7 @@
 Needs torch and transformers (`pip install 'hfvram[exact]'`), which are imported only here and where they are used.
 """
 
+import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,6 +17,10 @@ NAMES = {f"torch.{name}": short for short, name in DTYPES.items()}
 LEFT_OUT = ("quantization_config", "compression_config", "auto_map", "model_type")
 COUNTS = ("layers", "layer", "depth", "experts", "blocks", "groups", "group_num")
 SIZES = ("size", "dim", "positions", "embeddings", "heads", "width", "kernel")
+TABLES = tuple(
+    f"MODEL_FOR_{task}_MAPPING"
+    for task in ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "MULTIMODAL_LM", "IMAGE_TEXT_TO_TEXT", "SPEECH_SEQ_2_SEQ")
+)
 MAX_ENTRIES = 1 << 16
 MAX_NESTING = 16
 
@@ -52,8 +57,9 @@ def build(
             config = configuration(config_values)
             model_class = class_of(config, class_name)
             wanted = model_class.config_class
-            if not isinstance(config, wanted) and isinstance(config.get_text_config(), wanted):
-                config = config.get_text_config()  # a class for the text of a larger model
+            if not isinstance(config, wanted):  # a class for a part of a larger model, most often for its text
+                parts = (getattr(config, name, None) for name in config.sub_configs)
+                config = next((part for part in parts if isinstance(part, wanted)), config)
             return model_class._from_config(config, dtype=getattr(torch, DTYPES[dtype]))
     except HfvramError:
         raise
@@ -71,7 +77,8 @@ def configuration(values: Mapping[str, Any]) -> Any:
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         raise HfvramError("unknown_architecture", f"transformers knows no model type {printable(repr(kind), 60)}")
-    return transformers.AutoConfig.for_model(kind, **{k: v for k, v in values.items() if k not in LEFT_OUT})
+    own = copy.deepcopy({k: v for k, v in values.items() if k not in LEFT_OUT})  # some classes take parts out of it
+    return transformers.AutoConfig.for_model(kind, **own)
 
 
 def build_remote(path: str, dtype: Any) -> Any:
@@ -129,7 +136,7 @@ def class_of(config: Any, class_name: str | None) -> Any:
             return None
         text = config.sub_configs.get("text_config")
         own = getattr(found, "config_class", None) in (type(config), text)
-        return found if own or any(found in _classes(config, mapping) for mapping in auto_mappings(config)) else None
+        return found if own or any(found in _classes(config, table) for table in TABLES) else None
 
     if class_name is not None:
         if (found := exported(class_name)) is None:
