@@ -298,6 +298,7 @@ def _and(sight: "Tracker", args: Any, out: Any) -> None:
 
 NOTES: dict[Any, Callable[[Any, Any, Any], None]] = {
     aten.all: _all,
+    aten._is_all_true: _all,
     aten.eq: _eq,
     aten.ne: _compare(lambda a, b: a != b, lambda b: True),
     aten.ge: _compare(lambda a, b: a >= b, lambda b: b <= 0),

@@ -4,12 +4,16 @@
 last token in fp32, experts that compute otherwise while decoding. Only its end is ours, as no token says so on meta.
 """
 
+import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from transformers import GenerationMixin
 
+from hfvram.memory.exact.data_dependent import legible
+from hfvram.memory.exact.inputs import MEDIA, inputs
 from hfvram.memory.exact.run import Run
 from hfvram.request import Request
 
@@ -23,7 +27,7 @@ def infer(run: Run, model: Any, request: Request) -> None:
     run.tracker.unpadded = not request.padding
     given = inputs(run, model, request)
     hook = model.register_forward_hook(lambda _, args, out: note_cache(run, cache_of(out)))
-    with run.on_cuda(model), torch.no_grad():
+    with run.on_cuda(model), legible(), torch.no_grad():
         if request.phase == "generate" and model.can_generate():
             cache = generate(run, model, given, request)
         else:
@@ -39,11 +43,13 @@ def generate(run: Run, model: Any, given: dict[str, Any], request: Request) -> A
     Of many new tokens the first and the last are run; in between the cache grows at once.
     """
     new = request.new_tokens or 1
+    given.pop("decoder_input_ids", None)
     ids: Any = given.get("input_ids")
-    if ids is not None:
-        given["input_ids"] = ids[:, : ids.shape[1] - new]
+    if ids is not None:  # and what is said of each token
+        of_text = [n for n, t in given.items() if n not in MEDIA and t.shape[:2] == ids.shape]
+        given |= {name: given[name][:, : ids.shape[1] - new] for name in of_text}
     run.timeline.mark("prefill")
-    skips = new > 2 * FEW and ids is not None and not model.config.is_encoder_decoder
+    skips = new > 2 * FEW and list(given) == ["input_ids"] and not model.config.is_encoder_decoder
     options: dict[str, Any] = {"cache_implementation": request.cache} if request.cache != "dynamic" else {}
     cache = passes(run, model, given | options, FEW if skips else new, new)
     if not skips:
@@ -58,15 +64,15 @@ def generate(run: Run, model: Any, given: dict[str, Any], request: Request) -> A
 def passes(run: Run, model: Any, given: dict[str, Any], number: int, new: int) -> Any:
     """`generate` ended after so many passes of the `new` that it is told; returns the cache."""
     forward_count(run, model, number)
-    out = model.generate(
-        **given,
-        max_new_tokens=new,
-        min_new_tokens=new,
-        do_sample=False,
-        pad_token_id=0,
-        return_dict_in_generate=True,
-    )
-    return cache_of(out)
+    options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "return_dict_in_generate": True}
+    return cache_of(generator(model)(**given, **options))
+
+
+def generator(model: Any) -> Callable[..., Any]:
+    """The model's `generate`; where it cuts sound into windows by what it hears, the common one: it is one window."""
+    own = model.generate
+    windows = "return_timestamps" in inspect.signature(own).parameters
+    return functools.partial(GenerationMixin.generate, model) if windows else own
 
 
 def grow(cache: Any, tokens: int) -> bool:
@@ -91,7 +97,9 @@ def forward_count(run: Run, model: Any, new: int) -> None:
             run.timeline.mark("decode")
         return done <= new
 
-    model._has_unfinished_sequences = unfinished
+    for part in model.modules():  # of some models a part generates
+        if hasattr(part, "_has_unfinished_sequences"):
+            part._has_unfinished_sequences = unfinished
 
 
 def once(model: Any, given: dict[str, Any], request: Request) -> Any:
@@ -106,33 +114,6 @@ def once(model: Any, given: dict[str, Any], request: Request) -> Any:
     if request.phase != "prefill":
         return None
     return cache_of(out)
-
-
-def inputs(run: Run, model: Any, request: Request) -> dict[str, Any]:
-    """What the model is given, as it comes to the GPU: tokens, or pictures or sound of the sizes of its configuration.
-
-    For sound, `ctx` counts the frames that come out of its convolutions, unless their number is fixed.
-    """
-    config, batch, ctx = model.config, request.batch, request.ctx or 1
-    shapes: dict[str, tuple[int, ...]] = {}
-    main = getattr(model, "main_input_name", "input_ids")
-    two_towers = hasattr(config, "vision_config") and hasattr(config, "text_config") and not model.can_generate()
-    if main == "pixel_values" or two_towers:
-        vision = getattr(config, "vision_config", config)
-        size = vision.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        shapes["pixel_values"] = (batch, getattr(vision, "num_channels", 3), height, width)
-    elif main == "input_values":
-        shapes[main] = (batch, ctx * getattr(config, "inputs_to_logits_ratio", 1))
-    elif main == "input_features" and hasattr(config, "num_mel_bins"):
-        shapes[main] = (batch, config.num_mel_bins, 2 * getattr(config, "max_source_positions", ctx))
-    run.tracker.category = "inputs"
-    with run.tracker:
-        given = {name: torch.empty(shape, dtype=model.dtype, device="meta") for name, shape in shapes.items()}
-        if two_towers or not given:
-            given["input_ids"] = torch.empty((batch, ctx), dtype=torch.long, device="meta")
-    run.tracker.category = "activations"
-    return given
 
 
 def cache_of(out: Any) -> Any:

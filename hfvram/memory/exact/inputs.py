@@ -97,7 +97,7 @@ def candidates(model: Any, request: Request) -> list[Shapes]:
     for name in sorted(media, key=lambda name: name != main):
         for shape in shapes_of(name, config, request):
             found += list(combined(name, shape, text, takes, needs, config, request))
-    return (found if media or more else found[:1]) or [text]
+    return found if alone else [*found, text]
 
 
 def combined(
@@ -114,6 +114,8 @@ def combined(
         if "image_embeds_position_mask" in takes:
             yield {name: shape} | text | beside | {"image_embeds_position_mask": text["input_ids"]}
     yield {name: shape} | beside
+    if name == "input_features" and "attention_mask" in takes:  # the loss wants to know how many frames are sound
+        yield from ({name: shape, "attention_mask": (batch, frames)} for frames in shape[1:])
     if "decoder_input_ids" in takes:
         yield {name: shape, "decoder_input_ids": (batch, tokens)}
 
@@ -149,9 +151,8 @@ def shapes_of(name: str, config: Any, request: Request) -> Iterator[tuple[int, .
         yield (batch, 1, ctx * samples)
     elif name == "input_features":
         fixed = next(iter(named(config, "max_source_positions")), None)
-        for bins in dict.fromkeys(
-            (*named(config, "num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "input_dim"), 80)
-        ):
+        bands = [*named(config, "num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim"), 80]
+        for bins in dict.fromkeys((*bands, *(4 * band for band in bands))):  # four frames side by side
             for frames in dict.fromkeys((2 * fixed if fixed else ctx, 4 * ctx)):
                 yield (batch, bins, frames)
                 yield (batch, frames, bins)
