@@ -43,7 +43,8 @@ def group(case: Case) -> str:
     if mode == "inference" and request.get("quant"):
         return "inference-quantized"
     moe = any(config.get(key) for key in EXPERTS)
-    kind = "ssm" if config["model_type"] in STATE_SPACE else "moe" if moe else "dense"
+    state_space = "ssm-fallback" if request.get("kernels") == "fallback" else "ssm"
+    kind = state_space if config["model_type"] in STATE_SPACE else "moe" if moe else "dense"
     return f"{mode}-{kind}" + ("-ckpt" if request.get("gradient_checkpointing") else "")
 
 
@@ -98,7 +99,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="cases with this text in their id or group")
     parser.add_argument("--worst", type=int, default=10)
     parser.add_argument("--require", action="append", default=[])
-    parser.add_argument("--accuracy", type=Path, help="write the device errors by group to this file (accuracy.json)")
+    parser.add_argument("--accuracy", type=Path, help="put the device errors by group into this file (accuracy.json)")
     parser.add_argument("--hfvram", default=str(Path(sys.executable).with_name("hfvram")), help="the command to score")
     options = parser.parse_args()
 
@@ -143,8 +144,12 @@ def main() -> int:
             for name, figures in sorted(by_group.items())
             if name != "all" and (off := figures["device"])
         }
-        lines = (f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in table.items())
-        options.accuracy.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        methods = json.loads(options.accuracy.read_text()) | {options.method: table}
+        rows = [[f"    {json.dumps(n)}: {json.dumps(row)}" for n, row in of.items()] for of in methods.values()]
+        parts = (
+            f"  {json.dumps(m)}: {{\n" + ",\n".join(lines) + "\n  }" for m, lines in zip(methods, rows, strict=True)
+        )
+        options.accuracy.write_text("{\n" + ",\n".join(parts) + "\n}\n")
 
     broken = []
     for bound in options.require:

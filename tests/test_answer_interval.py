@@ -31,8 +31,33 @@ LLAMA, MIXTRAL = "meta-llama/Llama-3.1-8B-Instruct", "mistralai/Mixtral-8x7B-v0.
         ("google-bert/bert-base-uncased", "auto", "inference-dense"),
     ],
 )
-def test_groups(model: str, quant: str, name: str) -> None:
+def test_groups_of_inference(model: str, quant: str, name: str) -> None:
     assert group(infer(CONFIGS[model]), Request(quant=quant)) == name
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "name"),
+    [
+        (LLAMA, {}, "train-dense"),
+        (LLAMA, {"gradient_checkpointing": True}, "train-dense-ckpt"),
+        (MIXTRAL, {}, "train-moe"),
+        ("state-spaces/mamba-2.8b-hf", {}, "train-ssm"),
+        ("state-spaces/mamba-2.8b-hf", {"kernels": "fallback"}, "train-ssm-fallback"),
+        (LLAMA, {"mode": "lora", "gradient_checkpointing": True}, "lora"),
+        (LLAMA, {"mode": "qlora", "quant": "nf4"}, "qlora"),
+        (LLAMA, {"fsdp": "full_shard", "gpus": 8}, "fsdp"),
+        (LLAMA, {"tp": 8, "gpus": 8}, "train on 8 GPUs"),
+        (LLAMA, {"gpus": 2}, "train on 2 GPUs"),
+    ],
+)
+def test_groups_of_training(model: str, options: dict[str, Any], name: str) -> None:
+    request = Request.from_dict({"mode": "train", "quant": "none"} | options)
+    assert group(infer(CONFIGS[model]), request) == name
+
+
+def test_the_engine_that_answered_is_the_one_whose_errors_count() -> None:
+    found = [interval(infer(CONFIGS[LLAMA]), Request(quant="none", method=m), 10**10) for m in ("formula", "simulate")]
+    assert found[0].high_bytes > found[1].high_bytes
 
 
 def test_errors_turned_round() -> None:
@@ -40,7 +65,7 @@ def test_errors_turned_round() -> None:
     figure = 10**10
     for model, quant in [(LLAMA, "none"), (MIXTRAL, "none"), (LLAMA, "nf4")]:
         request = Request(quant=quant)
-        errors: dict[str, Any] = ACCURACY[group(infer(CONFIGS[model]), request)]
+        errors: dict[str, Any] = ACCURACY["formula"][group(infer(CONFIGS[model]), request)]
         found = interval(infer(CONFIGS[model]), request, figure)
         assert found.low_bytes == int(figure / (1 + max(errors["high"], MARGIN)))
         assert found.high_bytes == int(figure / (1 + min(errors["low"], -MARGIN)))

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from hfvram.errors import HfvramError
-from hfvram.model.bound import bound, weights_only
+from hfvram.model.bound import bound, by_its_code, can_run, weights_only
 from hfvram.model.infer import infer
 from hfvram.read.checkpoint import Checkpoint, StoredTensor
 
@@ -102,3 +102,31 @@ def test_a_bound_needs_no_less_than_the_model_that_it_stands_for() -> None:
     assert likeness.attention is not None
     assert likeness.attention.window is None
     assert infer({**config, "intermediate_size": 256}).parameters == likeness.parameters
+
+
+class TestByItsCode:
+    """Types that transformers builds and no reader knows."""
+
+    def test_only_types_that_no_reader_knows_and_transformers_does(self) -> None:
+        pytest.importorskip("transformers")
+        asked = ("biogpt", "llama", "martian", "", 5, None)
+        assert [can_run({"model_type": kind}) for kind in asked] == [True, False, False, False, False, False]
+
+    @pytest.mark.slow
+    def test_tensors_and_class_are_those_of_its_code(self) -> None:
+        pytest.importorskip("torch")
+        config = {"model_type": "biogpt", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+        config |= {"intermediate_size": 64, "vocab_size": 100, "max_position_embeddings": 50, "dtype": "bfloat16"}
+        a = by_its_code(checkpoint(config), UNKNOWN)
+        assert (a.class_name, a.task, a.dtype, a.generates) == ("BioGptForCausalLM", "causal", "bf16", True)
+        # embeddings, two positions more than asked; a layer's four products and two, with biases; five norms; tied head
+        assert a.parameters == 32 * (100 + 52) + 2 * (4 * (32 * 32 + 32) + 2 * 32 * 64 + 96 + 4 * 32) + 64
+        assert (len(a.text.layers), a.layer_kinds, a.max_positions) == (2, {}, 50)
+        assert "its own code" in a.warnings[0]
+
+    @pytest.mark.slow
+    def test_what_it_does_not_know_either_stays_unknown(self) -> None:
+        pytest.importorskip("torch")
+        with pytest.raises(HfvramError) as caught:
+            by_its_code(checkpoint(MARTIAN), UNKNOWN)
+        assert caught.value is UNKNOWN

@@ -16,7 +16,7 @@ MARGIN = 0.01
 def interval(architecture: Architecture, request: Request, device_bytes: int) -> Interval:
     """`device_bytes` divided by one plus the largest and smallest error of the group's measured cases."""
     name = group(architecture, request)
-    errors = _accuracy().get(name)
+    errors = _accuracy()["simulate" if request.method == "simulate" else "formula"].get(name)
     if errors is None:
         return Interval(
             low_bytes=int(device_bytes * 0.9),
@@ -30,18 +30,26 @@ def interval(architecture: Architecture, request: Request, device_bytes: int) ->
 
 def group(architecture: Architecture, request: Request) -> str:
     """The group of measured cases that a question belongs to, as `scripts/score.py` names them."""
-    if request.mode != "inference":
+    if not architecture.layer_kinds:
+        return "layers of unknown kinds"
+    if request.fsdp or request.tp > 1 or ((request.gpus or 1) > 1 and request.mode != "inference"):
+        return "fsdp" if request.fsdp and request.tp == 1 else f"{request.mode} on {request.gpus} GPUs"
+    if request.mode in ("lora", "qlora"):
         return request.mode
-    if (quant := request.quant) not in ("none", "auto") or architecture.quantization:
-        return "inference-quantized" if quant in ("nf4", "fp4", "int8") else f"inference in {quant}"
+    quant = architecture.quantization if request.quant == "auto" else request.quant
+    if quant not in (None, "none"):
+        return f"{request.mode}-quantized" if quant in ("nf4", "fp4", "int8") else f"{request.mode} in {quant}"
     attention = (Attention, LatentAttention)
     if any(not isinstance(m, attention) for layer in architecture.text.layers for m in layer.mixers):
-        return "inference-ssm"
-    return "inference-moe" if architecture.moe else "inference-dense"
+        kind = "ssm" if request.kernels == "fused" else "ssm-fallback"
+    else:
+        kind = "moe" if architecture.moe else "dense"
+    return f"{request.mode}-{kind}" + ("-ckpt" if request.gradient_checkpointing else "")
 
 
 @cache
-def _accuracy() -> dict[str, dict[str, float]]:
-    """Errors of the formula engine's device figure by group, written by `scripts/score.py --accuracy`."""
-    found: dict[str, dict[str, float]] = json.loads(Path(__file__).with_name("accuracy.json").read_text())
+def _accuracy() -> dict[str, dict[str, dict[str, float]]]:
+    """Errors of the engines' device figures by group, written by `scripts/score.py --accuracy`."""
+    found: dict[str, dict[str, dict[str, float]]]
+    found = json.loads(Path(__file__).with_name("accuracy.json").read_text())
     return found

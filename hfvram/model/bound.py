@@ -1,15 +1,21 @@
 """The best bound for what is not understood: layers as full attention (`--allow-unknown`), or the weights alone."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from hfvram.errors import HfvramError
 from hfvram.model import meta
 from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.config import Config
+from hfvram.model.families import reader
+from hfvram.model.families.common import dtype_of
 from hfvram.model.infer import infer
 from hfvram.model.layers import Layer, Param
+from hfvram.model.quantization import method
 from hfvram.read.checkpoint import Checkpoint
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -50,6 +56,50 @@ def bound(checkpoint: Checkpoint, unknown: HfvramError, trust_remote_code: bool 
         f"{unknown.message}: every layer counts as full attention, {counted}; what its code needs beside is left out"
     )
     return replace(likeness, **_names(checkpoint), warnings=(warning,))
+
+
+def can_run(config: Mapping[str, Any]) -> bool:
+    """Whether an installed transformers knows a type that has no reader, found out without importing it."""
+    kind, found = config.get("model_type"), find_spec("transformers")
+    if not isinstance(kind, str) or reader(kind) is not None or find_spec("torch") is None or found is None:
+        return False
+    tables = Path(str(found.origin)).parent.glob("models/auto/*.py")
+    return any(f"{json.dumps(kind)}, " in table.read_text() for table in tables)
+
+
+def by_its_code(checkpoint: Checkpoint, unknown: HfvramError) -> Architecture:
+    """What the exact engine has to know of a model that transformers builds, but of which no closed form is known.
+
+    Its layers are counted, not understood. Raises `missing_extra` without torch, `unknown` where transformers knows no
+    such type, `bad_config` where it refuses the values.
+    """
+    dtype = dtype_of(Config(checkpoint.config))
+    try:
+        model = meta.build(checkpoint.config, None, dtype)
+    except HfvramError as error:
+        raise unknown if error.kind == "unknown_architecture" else error from None
+    text = model.config.get_text_config()
+    stack = Stack(
+        name="text",
+        layers=(Layer(),) * int(getattr(text, "num_hidden_layers", 0) or 0),
+        before=meta.params(model),
+        hidden_size=int(getattr(text, "hidden_size", 0) or 0),
+    )
+    generates = model.can_generate()
+    return Architecture(
+        model_type=_names(checkpoint)["model_type"],
+        class_name=type(model).__name__,
+        task="seq2seq" if generates and model.config.is_encoder_decoder else "causal" if generates else "encoder",
+        stacks=(stack,),
+        main="text",
+        vocab_size=int(getattr(text, "vocab_size", 0) or 0),
+        hidden_size=stack.hidden_size,
+        max_positions=getattr(text, "max_position_embeddings", None),
+        dtype=dtype,
+        tied_head=generates,
+        quantization=method(checkpoint.config)[0],
+        warnings=(f"{unknown.message} to the formulas: its own code says what it takes",),
+    )
 
 
 def weights_only(checkpoint: Checkpoint, unknown: HfvramError) -> Architecture:

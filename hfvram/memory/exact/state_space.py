@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 
+from hfvram.errors import HfvramError
 from hfvram.memory.exact.chunk_scan import chunk_scan, split_scan
 from hfvram.memory.timeline import Tag, Timeline
 
@@ -23,6 +25,9 @@ SCAN_CHUNK = 2048
 """Tokens between the states that the selective scan keeps."""
 TUNING = Tag("Triton's autotuner", "workspace", "256 MiB that clear the L2 cache", "Triton 3: testing.py do_bench")
 TUNING_BYTES = 256 << 20
+TRANSFORMERS = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+FALLBACKS = ("slow_forward", "torch_forward")
+"""The methods of a layer that can do without its kernels."""
 
 Tune = Callable[..., None]
 
@@ -259,7 +264,9 @@ def kernels(run: "Run", gradients: bool) -> dict[str, Callable[..., Any]]:
 
 @contextlib.contextmanager
 def fused(run: "Run", model: Any, gradients: bool) -> Iterator[None]:
-    """The kernels as if installed, for the code of this model."""
+    """The kernels as if installed, for this model's code. Raises `usage` where transformers calls them otherwise."""
+    if TRANSFORMERS < (5, 17) and any(hasattr(module, name) for module in model.modules() for name in FALLBACKS):
+        raise HfvramError("usage", "--kernels fused with --method simulate needs transformers 5.17 or newer")
     stand_ins, undo = kernels(run, gradients), list[tuple[dict[str, Any], str, Any]]()
     for name in {type(module).__module__ for module in model.modules()}:
         code = vars(sys.modules[name])
