@@ -20,7 +20,7 @@ SUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
     "fsdp": (None,),
     "offload": ((),),
 }
-BY_SIMULATE: Final = ("mode", "gpus", "tp", "fsdp")
+BY_SIMULATE: Final = ("mode", "gpus", "tp", "sp", "fsdp")
 """Options of which the exact engine answers every value."""
 TRAINING: Final = (
     *("gradient_checkpointing", "mixed_precision", "grad_accum", "optimizer"),

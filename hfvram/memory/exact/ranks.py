@@ -35,6 +35,10 @@ def ranks(run: Run, request: Request) -> Iterator[None]:
     if request.quant in ON_LOADING and (request.fsdp or request.tp > 1):
         option = "--fsdp" if request.fsdp else "--tp"
         raise HfvramError("usage", f"{option} with --quant {request.quant} is not supported yet: valid is --quant none")
+    if request.sp:
+        from hfvram.memory.exact.sequence_parallel import check_lengths
+
+        check_lengths(request)
     if dist.is_initialized():
         raise HfvramError(
             "usage", "this process is a rank of a distributed job: --method simulate needs one of its own"
@@ -48,6 +52,10 @@ def ranks(run: Run, request: Request) -> Iterator[None]:
                 from hfvram.memory.exact.sharded import fsdp_on_meta
 
                 stack.enter_context(fsdp_on_meta(run.tracker))
+            if request.sp:
+                from hfvram.memory.exact.sequence_parallel import styles
+
+                stack.enter_context(styles())
             yield
     finally:
         run.mesh = None
@@ -88,7 +96,7 @@ def split(run: Run, model: Any, request: Request) -> None:
     """Split the model on meta over tensor parallel ranks; what stands then is the first one's part."""
     from hfvram.memory.exact.tensor_parallel import split_model
 
-    split_model(model, run.mesh["tp"])
+    split_model(model, run.mesh["tp"], request)
     stand(run, model)
 
 

@@ -90,7 +90,7 @@ def frozen() -> Iterator[None]:
 
 def ranks_of(run: Run, request: Request) -> AbstractContextManager[None]:
     """The ranks of a request on several GPUs. Replicas that don't train have nothing in common."""
-    alone = request.tp == 1 and request.fsdp is None
+    alone = request.tp == 1 and request.fsdp is None and not request.sp
     if alone and (request.mode == "inference" or request.gpus in (None, 1)):
         return nullcontext()
     from hfvram.memory.exact.ranks import ranks

@@ -12,9 +12,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from hfvram.errors import HfvramError
+from hfvram.request import Request
 
 
-def split_model(model: Any, mesh: DeviceMesh) -> None:
+def split_model(model: Any, mesh: DeviceMesh, request: Request) -> None:
     """Split a model on meta by its own plan over the ranks of `mesh`, in place.
 
     Raises `usage` for a model without a plan, and where its heads or widths can't be split evenly.
@@ -32,6 +33,10 @@ def split_model(model: Any, mesh: DeviceMesh) -> None:
         valid = ", ".join(str(n) for n in range(1, most + 1) if most % n == 0)
         shown = " and ".join(str(n) for n in sorted(set(heads)))
         raise HfvramError("usage", f"--tp {mesh.size()} does not divide {shown} heads: valid are {valid}")
+    if request.sp:
+        from hfvram.memory.exact.sequence_parallel import split_sequence
+
+        model._tp_plan = split_sequence(model, mesh)
     try:
         model.maybe_distribute_model(model, DistributedConfig(tp_size=mesh.size(), tp_plan="auto"), mesh)
     except ValueError as error:
