@@ -15,7 +15,7 @@ from hfvram.memory.timeline import Timeline
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from hfvram.memory.exact import ranks, sharded  # noqa: E402
+from hfvram.memory.exact import data_parallel, ranks, sharded  # noqa: E402
 from hfvram.memory.exact.simulate import simulate  # noqa: E402
 from hfvram.model import meta  # noqa: E402
 
@@ -179,6 +179,65 @@ def test_ddp_holds_the_gradients_once_more() -> None:
     assert peak(replicated) - peak(alone) == pytest.approx(2 * PARAMETERS, rel=0.05)
 
 
+def test_ddp_has_one_bucket_first_and_then_buckets_of_25_mib() -> None:
+    config = {**TINY, "hidden_size": 1024, "intermediate_size": 3072}
+    timeline = run(config, gpus=4)
+    matrix = 1024 * 3072
+    layer = 2 * 1024 * 1024 + 2 * 512 * 1024 + 3 * matrix + 2 * 1024
+    whole = 2 * (2 * 256 * 1024 + 4 * layer + 1024)
+
+    def buckets(at: int) -> list[int]:
+        live = timeline.live(at)
+        return sorted(timeline.sizes[h] for h in live if timeline.tags[h].name == data_parallel.BUCKETS)
+
+    assert max(buckets(timeline.restarts[-1])) == whole
+    *small, third, second, first = buckets(timeline.marks[-1][0])
+    # A bucket is full once it has 25 MiB, a last one takes what is left; the first has 1 MiB.
+    assert 25 << 20 <= third <= second <= first < (25 << 20) + 2 * matrix
+    assert whole <= sum((*small, third, second, first)) < whole + 4096  # beside them: a flag or two of the reducer
+
+
+def test_hybrid_shards_in_a_node_and_reduces_over_nodes() -> None:
+    # What a rank of two nodes holds and gathers is what one of a single node does.
+    node, nodes, one = (run(gpus=n, fsdp=f) for n, f in ((8, "full_shard"), (16, "hybrid_shard"), (8, "hybrid_shard")))
+    assert standing(nodes) == standing(node) == standing(one)
+    assert peak(one) == peak(node)
+    assert peak(node) <= peak(nodes) < peak(node) + PARAMETERS * 2 / 8
+
+
+def test_two_dimensions_gather_what_tensor_parallelism_leaves() -> None:
+    config = {**TINY, "hidden_size": 512, "intermediate_size": 2048}
+    split = 2 * (2 * 512 * 512 + 2 * 256 * 512 + 3 * 512 * 2048) // 2 + 2 * 2 * 512  # half of the matrices, both norms
+    timeline = run(config, gpus=8, tp=2, fsdp="full_shard")
+    gathered = {timeline.sizes[h] for h, tag in enumerate(timeline.tags) if tag.name == sharded.GATHERED}
+    assert split in gathered
+    assert not any(split < n <= 2 * split for n in gathered)
+
+
+def packed(config: dict[str, Any], **options: Any) -> tuple[int, set[int]]:
+    """Weights that one rank of QLoRA holds, and the sizes of what it gathers."""
+    timeline = run(config, mode="qlora", ctx=64, adapter_dtype="bf16", **options)
+    gathered = {timeline.sizes[h] for h, tag in enumerate(timeline.tags) if tag.name == sharded.GATHERED}
+    return standing(timeline)["weights"], gathered
+
+
+def test_fsdp_qlora_shards_packed_weights_and_keeps_their_scales_whole() -> None:
+    config = {**TINY, "hidden_size": 512, "intermediate_size": 2048}
+    shapes = [(512, 512), (256, 512), (256, 512), (512, 512), (2048, 512), (2048, 512), (512, 2048)]
+    weights = 4 * sum(n * m for n, m in shapes)
+    adapters = 4 * sum(16 * (n + m) for n, m in shapes)
+    others = 2 * 256 * 512 + (4 * 2 + 1) * 512  # embedding, head, norms: nothing is cast to fp32
+    # An 8-bit scale for 64 weights, an fp32 one for 256 scales; a matrix has 16 + 256 codes and an offset.
+    scales = weights // 64 + weights // 64 // 256 * 4 + 4 * 7 * (16 + 256 + 1) * 4
+    held, gathered = packed(config, gpus=4, fsdp="full_shard")
+    assert held == (weights // 2 + (adapters + others) * 2) // 4 + scales
+    assert {n * m // 2 for n, m in shapes} <= gathered
+
+
+def test_replicated_qlora_is_what_one_gpu_holds() -> None:
+    assert packed(TINY, gpus=4)[0] == packed(TINY)[0]
+
+
 @pytest.mark.parametrize(
     ("kind", "config", "count", "of"),
     [
@@ -211,7 +270,13 @@ def test_the_cache_of_a_tensor_parallel_rank() -> None:
     [
         ({"tp": 4, "gpus": 4}, "--tp 4 does not divide 2 and 4 heads: valid are 1, 2"),
         ({"tp": 2, "gpus": 4}, "trains with --fsdp"),
-        ({"tp": 2, "gpus": 2, "quant": "nf4", "mode": "qlora"}, "--tp with --quant nf4"),
+        ({"tp": 2, "gpus": 2, "mode": "qlora"}, "--tp can't split weights of --quant nf4"),
+        ({"tp": 2, "quant": "int8", "mode": "inference", "phase": "prefill"}, "valid is --quant none"),
+        ({"gpus": 4, "fsdp": "full_shard", "quant": "int8", "mode": "lora"}, "valid are none, nf4 and fp4"),
+        (
+            {"gpus": 4, "fsdp": "full_shard", "mode": "qlora", "dtype": "fp32", "mixed_precision": "bf16"},
+            "valid are --mixed-precision no, or --dtype bf16",
+        ),
         ({"gpus": 1 << 20, "fsdp": "full_shard"}, "out of range"),
         ({"gpus": 12, "fsdp": "hybrid_shard"}, "within nodes of 8"),
     ],

@@ -20,7 +20,8 @@ def adapt(run: Run, model: Any, request: Request) -> Any:
     """The model with its adapters, frozen below them. Raises `usage` where the targets match nothing, `missing_extra`.
 
     As PEFT does it: for QLoRA what is not quantized is cast to fp32 (`prepare_model_for_kbit_training`), and adapters
-    of a model in half precision are kept in fp32 (`autocast_adapter_dtype`) unless another dtype is asked for.
+    of a model in half precision are kept in fp32 (`autocast_adapter_dtype`) unless another dtype is asked for. Under
+    FSDP nothing is cast, since that would cast packed weights too; TRL's adapters are then of `--adapter-dtype bf16`.
     """
     try:
         import peft
@@ -28,7 +29,7 @@ def adapt(run: Run, model: Any, request: Request) -> Any:
         raise HfvramError("missing_extra", "LoRA needs peft: pip install 'hfvram[exact]'") from error
     run.tracker.category = "weights"
     with run.tracker, torch.device("meta"), warnings.catch_warnings(action="ignore"):
-        if request.mode == "qlora":
+        if request.mode == "qlora" and request.fsdp is None:
             model.is_loaded_in_4bit = True
             model = peft.prepare_model_for_kbit_training(
                 model,

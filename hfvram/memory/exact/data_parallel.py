@@ -10,6 +10,9 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from hfvram.memory.exact.run import Run
+from hfvram.memory.exact.tracker import Tracker
+
+BUCKETS = "gradients in DDP's buckets"
 
 
 class _Unlogged:
@@ -24,13 +27,28 @@ def replicate(run: Run, model: Any) -> Any:
     Nothing is reduced: a hook hands each bucket back. Buckets are allocated whole, then again in the order in which
     gradients come (25 MiB each), as on CUDA.
     """
-    run.tracker.category = "gradients"
-    with run.tracker, _one_shape():
+    with run.tracker, _one_shape(), _buckets(run.tracker):
         wrapped = DistributedDataParallel(model)
-    run.tracker.category = "activations"
+    prepare = wrapped._pre_forward
+
+    def pre_forward(*args: Any, **kwargs: Any) -> Any:
+        with _buckets(run.tracker):  # which the second forward lays out anew
+            return prepare(*args, **kwargs)
+
+    wrapped._pre_forward = pre_forward
     wrapped.register_comm_hook(None, _handed_back)
     wrapped.logger = _Unlogged()
     return wrapped
+
+
+@contextlib.contextmanager
+def _buckets(tracker: Tracker) -> Iterator[None]:
+    before = tracker.category, tracker.module
+    tracker.category, tracker.module = "gradients", BUCKETS
+    try:
+        yield
+    finally:
+        tracker.category, tracker.module = before
 
 
 def _handed_back(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:

@@ -32,11 +32,11 @@ def empty(*shape: int, dtype: Any = torch.float32) -> Any:
 class Codes(nn.Module):  # type: ignore[misc]
     """What dequantizing takes beside the packed weights: scales of 64 values, in 8 bits themselves where nested."""
 
-    def __init__(self, numel: int, nested: bool) -> None:
+    def __init__(self, numel: int, nested: bool, storage: Any) -> None:
         super().__init__()
         blocks = -(-numel // BLOCK)
         scales = empty(blocks)
-        self.keep("packed", empty(-(-numel // 2), 1, dtype=torch.uint8))
+        self.keep("packed", empty((numel + 1) // (2 * storage.itemsize), 1, dtype=storage))
         self.keep("code", empty(16))
         if nested:
             self.keep("offset", scales.mean())
@@ -84,14 +84,14 @@ class Product4bit(torch.autograd.Function):  # type: ignore[misc]
 
 
 class Linear4bit(nn.Linear):  # type: ignore[misc]
-    """A linear layer of 4 bits a weight."""
+    """A linear layer of 4 bits a weight, packed into numbers of the dtype `storage` (`bnb_4bit_quant_storage`)."""
 
-    def __init__(self, layer: Any, dtype: Any, nested: bool) -> None:
+    def __init__(self, layer: Any, dtype: Any, nested: bool, storage: Any = torch.uint8) -> None:
         nn.Module.__init__(self)
         self.shape = self.out_features, self.in_features = sizes(layer)
         self.dtype = dtype
         loaded = empty(*self.shape, dtype=dtype)
-        state = Codes(loaded.numel(), nested)
+        state = Codes(loaded.numel(), nested, storage)
         del loaded
         self.weight = nn.Parameter(state.packed, requires_grad=False)
         del state._buffers["packed"]
@@ -161,7 +161,9 @@ def sizes(layer: Any) -> tuple[int, int]:
 def quantize(run: "Run", model: Any, request: "Request") -> None:
     """Replace the linear layers, but not the head, as `BitsAndBytesConfig` does; raises `usage` for other methods.
 
-    What transformers itself loads in the computing dtype stays as it is.
+    What transformers itself loads in the computing dtype stays as it is. FSDP shards what is packed into floats, which
+    is how FSDP-QLoRA stores it: the scales are no parameters, and stay whole on every rank. Source: bitsandbytes,
+    docs/source/fsdp_qlora.md; accelerate 1.15, `fsdp2_prepare_model`. No GPU has measured it yet.
     """
     quant = "nf4" if request.mode == "qlora" and request.quant not in ON_LOADING else request.quant
     if quant in ("auto", "none", *DEQUANTIZED):
@@ -172,12 +174,14 @@ def quantize(run: "Run", model: Any, request: "Request") -> None:
             "usage", f"--method simulate can't run --quant {quant}: valid are {words} (or --method formula)"
         )
     head, dtype = model.get_output_embeddings(), DTYPES[request.dtype]
+    storage = dtype if request.fsdp else torch.uint8
     run.tracker.category = "weights"
     with run.tracker:
         for parent in list(model.modules()):
             for name, layer in list(parent.named_children()):
                 if layer is not head and (type(layer) is nn.Linear or type(layer).__name__ == "Conv1D"):
-                    new = Linear8bit(layer) if quant == "int8" else Linear4bit(layer, dtype, request.double_quant)
+                    nested = request.double_quant
+                    new = Linear8bit(layer) if quant == "int8" else Linear4bit(layer, dtype, nested, storage)
                     setattr(parent, name, new.train(layer.training))
                     del new, layer
     run.tracker.category = "activations"

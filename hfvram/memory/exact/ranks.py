@@ -28,13 +28,11 @@ MAX_RANKS = 1 << 14
 def ranks(run: Run, request: Request) -> Iterator[None]:
     """The ranks of a request, of which this process is the first. They are gone on leaving.
 
-    Raises `usage` where the GPUs can't be divided so, for too many, for weights that bitsandbytes packs (which are no
-    parameters here), and inside of a job that is distributed itself.
+    Raises `usage` where the GPUs can't be divided so, for too many, for packed weights that can't be split so, and
+    inside of a job that is distributed itself.
     """
     sizes = mesh_sizes(request)
-    if request.quant in ON_LOADING and (request.fsdp or request.tp > 1):
-        option = "--fsdp" if request.fsdp else "--tp"
-        raise HfvramError("usage", f"{option} with --quant {request.quant} is not supported yet: valid is --quant none")
+    check_packed(request)
     if request.sp:
         from hfvram.memory.exact.sequence_parallel import check_lengths
 
@@ -61,6 +59,28 @@ def ranks(run: Run, request: Request) -> Iterator[None]:
         run.mesh = None
         dist.destroy_process_group()
         sys.excepthook = hook
+
+
+def check_packed(request: Request) -> None:
+    """What bitsandbytes packs is not split by rows or columns, and only 4 bits survive FSDP. Raises `usage`.
+
+    transformers' styles take the local weights of layers that say so (`_hf_quantized_needs_local_tp`), and those of
+    bitsandbytes do not. FSDP2 hands its modules plain parameters: `Linear4bit` finds its scales again, `Linear8bitLt`
+    (`self.weight.CB`) does not. And a policy that casts gathered weights would cast what is packed.
+    """
+    quant = "nf4" if request.mode == "qlora" and request.quant not in ON_LOADING else request.quant
+    if quant not in ON_LOADING:
+        return
+    if request.tp > 1:
+        raise HfvramError("usage", f"--tp can't split weights of --quant {quant}: valid is --quant none (or --fsdp)")
+    if request.fsdp and quant == "int8":
+        raise HfvramError("usage", "--fsdp can't shard weights of --quant int8: valid are none, nf4 and fp4")
+    if request.fsdp and request.mixed_precision not in ("no", request.dtype):
+        raise HfvramError(
+            "usage",
+            f"--fsdp --mixed-precision {request.mixed_precision} would cast weights that are packed into "
+            f"{request.dtype}: valid are --mixed-precision no, or --dtype {request.mixed_precision}",
+        )
 
 
 def mesh_sizes(request: Request) -> dict[str, int]:
