@@ -24,6 +24,10 @@ lint:
 score *args:
     python scripts/score.py --mode inference {{args}}
 
+# docs/coverage.md: which model types the exact engine runs
+coverage *args:
+    python scripts/coverage.py {{args}}
+
 # README's outputs and figures, written anew from what the code says
 docs:
     HFVRAM_GOLDEN=1 python -m pytest tests/test_readme.py
