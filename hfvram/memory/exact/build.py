@@ -22,7 +22,7 @@ def build(tracker: Tracker, config: Mapping[str, Any], class_name: str | None, d
     """
     tracker.category = "weights"
     with tracker:
-        asked = {} if attention == "sdpa" else {"_attn_implementation": attention}  # sdpa is the default where it runs
+        asked = {"_attn_implementation": "eager"} if attention == "eager" else {}  # sdpa is the default where it runs
         model = meta.build({**config, **asked}, class_name, dtype)
         settle(model)
     tracker.category = "activations"

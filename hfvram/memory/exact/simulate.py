@@ -11,6 +11,7 @@ import transformers
 
 from hfvram.errors import HfvramError, printable
 from hfvram.memory.exact.build import build, name_tensors
+from hfvram.memory.exact.flash_attention import ask_for_flash, flash_kernels
 from hfvram.memory.exact.fp8 import fp8_kernels, load_fp8
 from hfvram.memory.exact.inference import infer
 from hfvram.memory.exact.quantized import quantize
@@ -51,6 +52,8 @@ def simulate(config: Mapping[str, Any], class_name: str | None, request: Request
 
 def _simulate(run: Run, config: Mapping[str, Any], class_name: str | None, request: Request) -> None:
     model = build(run.tracker, config, class_name, request.dtype, request.attention)
+    if request.attention == "flash_attention_2":
+        ask_for_flash(model, request)
     if request.quant == "fp8":
         load_fp8(run, model, config, request)
     else:
@@ -67,6 +70,8 @@ def _simulate(run: Run, config: Mapping[str, Any], class_name: str | None, reque
             kernels.enter_context(fused(run, model, gradients=not inference))
         if request.quant == "fp8":
             kernels.enter_context(fp8_kernels())
+        if request.attention == "flash_attention_2":
+            kernels.enter_context(flash_kernels())
         if inference:
             infer(run, model, request)
         else:
