@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from hfvram.errors import HfvramError, printable
-from hfvram.memory.exact.build import name_tensors
+from hfvram.memory.exact.labels import name_tensors
 from hfvram.memory.exact.run import Run
 from hfvram.memory.timeline import Tag
 from hfvram.request import Request

@@ -26,6 +26,7 @@ FP32 = frozenset(
         *("log", "log1p", "log2", "log10", "rsqrt", "pow", "__pow__", "__rpow__", "__rdiv__", "__rtruediv__"),
     )
 )
+STOOD_FOR = ("meta", "cuda")
 WIDENED = frozenset(("softmax", "log_softmax", "sum", "prod", "cumsum", "cumprod"))
 """Run in fp32 unless a dtype is asked for."""
 
@@ -56,24 +57,37 @@ class Autocast:
     def stands_in(self) -> Iterator[None]:
         """Code that asks torch for autocast on meta gets this one: models, PEFT, checkpointing's recomputation."""
         own = self
+        made, enter, leave = torch_autocast.__init__, torch_autocast.__enter__, torch_autocast.__exit__
 
-        class OnMeta(torch_autocast):  # type: ignore[misc]
-            def __new__(cls, device_type: str, *args: Any, **kwargs: Any) -> Any:
-                if device_type not in ("meta", "cuda"):
-                    return torch_autocast(device_type, *args, **kwargs)
-                return _region(own, *args, **kwargs)
+        def new(
+            region: Any, device_type: str, dtype: Any = None, enabled: bool = True, cache_enabled: Any = None
+        ) -> None:
+            if device_type in STOOD_FOR:
+                region.device, region.fast_dtype, region._enabled = device_type, dtype, enabled
+            else:
+                made(region, device_type, dtype, enabled, cache_enabled)
+
+        def entered(region: Any) -> Any:
+            if region.device not in STOOD_FOR:
+                return enter(region)
+            within = own.region(region.fast_dtype, region._enabled)
+            within.__enter__()
+            vars(region).setdefault("within", []).append(within)
+            return region
+
+        def left(region: Any, *error: Any) -> Any:
+            return region.within.pop().__exit__(*error) if region.device in STOOD_FOR else leave(region, *error)
 
         asked, dtype, available = torch.is_autocast_enabled, torch.get_autocast_dtype, torch.amp.is_autocast_available
 
         def enabled(device: str | None = None) -> Any:
-            return own.on if device in (None, "meta", "cuda") else asked(device)
+            return own.on if device in (None, *STOOD_FOR) else asked(device)
 
         with (
-            patch.object(torch, "autocast", OnMeta),
-            patch.object(torch.amp, "autocast", OnMeta),
+            patch.multiple(torch_autocast, __init__=new, __enter__=entered, __exit__=left),
             patch.object(torch, "is_autocast_enabled", enabled),
-            patch.object(torch, "get_autocast_dtype", lambda d: own.dtype if d in ("meta", "cuda") else dtype(d)),
-            patch.object(torch.amp, "is_autocast_available", lambda d: d == "meta" or available(d)),
+            patch.object(torch, "get_autocast_dtype", lambda d: own.dtype if d in STOOD_FOR else dtype(d)),
+            patch.object(torch.amp, "is_autocast_available", lambda d: d in STOOD_FOR or available(d)),
         ):
             yield
 
@@ -130,9 +144,3 @@ def _cross_entropy(func: Any, input: Any, target: Any, *args: Any, **kwargs: Any
     scores = torch.log_softmax(input, 0 if input.dim() == 1 else 1)
     kwargs.pop("label_smoothing", None)
     return torch.nn.functional.nll_loss(scores.float(), target, **kwargs)
-
-
-def _region(
-    autocast: Autocast, dtype: Any = None, enabled: bool = True, cache_enabled: bool | None = None
-) -> contextlib.AbstractContextManager[None]:
-    return autocast.region(dtype, enabled)

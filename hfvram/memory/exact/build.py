@@ -5,14 +5,11 @@ from typing import Any
 
 import torch
 
-from hfvram.memory.exact.labels import path_of
 from hfvram.memory.exact.tracker import Tracker
-from hfvram.memory.timeline import Tag
 from hfvram.model import meta
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TOKENS = ("pad_token_id", "bos_token_id", "decoder_start_token_id")
-OWN = "the model's own tensors"
 
 
 def build(tracker: Tracker, config: Mapping[str, Any], class_name: str | None, dtype: str, attention: str) -> Any:
@@ -44,22 +41,6 @@ def settle(model: Any) -> None:
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.device.type != "meta":
                 module._parameters[name] = torch.nn.Parameter(parameter.to("meta"), parameter.requires_grad)
-
-
-def name_tensors(tracker: Tracker, model: Any) -> None:
-    """Weights by what they belong to, buffers apart, quantization scales among the weights."""
-    for name, parameter in model.named_parameters():
-        _name(tracker, name, parameter, "weights")
-    for name, buffer in model.named_buffers():
-        _name(tracker, name, buffer, "weights" if getattr(buffer, "_hfvram_scale", False) else "buffers")
-
-
-def _name(tracker: Tracker, name: str, tensor: Any, category: Any) -> None:
-    handle = tracker.add(tensor)
-    if handle is not None:
-        shown = tracker.tag(name.rpartition(".")[0] if name.endswith((".weight", ".bias")) else name).name
-        tracker.timeline.tags[handle] = Tag(shown, category, "", OWN, "exact")
-        tracker.timeline.made[handle] = path_of(name), *tracker.timeline.made[handle][1:]
 
 
 def in_order(module: Any) -> Iterator[Any]:

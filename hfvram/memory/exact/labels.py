@@ -13,6 +13,22 @@ RECOMPUTED = "recomputed"
 NO_MODULE = (IN_BACKWARD, "kernel scratch")
 
 
+def name_tensors(tracker: Tracker, model: Any) -> None:
+    """Weights by what they belong to, buffers apart, quantization scales among the weights."""
+    for name, parameter in model.named_parameters():
+        _name(tracker, name, parameter, "weights")
+    for name, buffer in model.named_buffers():
+        _name(tracker, name, buffer, "weights" if getattr(buffer, "_hfvram_scale", False) else "buffers")
+
+
+def _name(tracker: Tracker, name: str, tensor: Any, category: Any) -> None:
+    handle = tracker.add(tensor)
+    if handle is not None:
+        shown = tracker.tag(name.rpartition(".")[0] if name.endswith((".weight", ".bias")) else name).name
+        tracker.timeline.tags[handle] = Tag(shown, category, "", "the model's own tensors", "exact")
+        tracker.timeline.made[handle] = path_of(name), *tracker.timeline.made[handle][1:]
+
+
 def label(tracker: Tracker, handles: Iterable[int], what: str) -> None:
     """Add to the names of these activations what they are."""
     tags, labelled = tracker.timeline.tags, dict[Tag, Tag]()
@@ -24,15 +40,16 @@ def label(tracker: Tracker, handles: Iterable[int], what: str) -> None:
             tags[handle] = labelled[tag]
 
 
-def name_gradients(tracker: Tracker, parameters: Mapping[str, Any]) -> None:
+def name_gradients(tracker: Tracker, parameters: Iterable[tuple[str, Any]]) -> None:
     """What lies in `grad` of these parameters are gradients, each its parameter's."""
-    grads = {path_of(name): p.grad for name, p in parameters.items() if p.grad is not None}
-    tracker.retag(grads.values(), "gradients", "gradients", grads)
+    for name, parameter in parameters:
+        if parameter.grad is not None:
+            tracker.retag([parameter.grad], "gradients", "gradients", [path_of(name)])
 
 
-def name_states(tracker: Tracker, parameters: Mapping[str, Any], optimizer: Any) -> None:
+def name_states(tracker: Tracker, parameters: Iterable[tuple[str, Any]], optimizer: Any) -> None:
     """What the optimizer keeps, by the name of the state, each its parameter's."""
-    paths = {id(p): path_of(name) for name, p in parameters.items()}
+    paths = {id(parameter): path_of(name) for name, parameter in parameters}
     for parameter, kept in optimizer.state.items():
         for key, tensor in states_of(kept):
             tracker.retag([tensor], "optimizer", f"optimizer states: {key}", [paths.get(id(parameter), "")])

@@ -10,10 +10,11 @@ from typing import Any
 import transformers
 
 from hfvram.errors import HfvramError, printable
-from hfvram.memory.exact.build import build, name_tensors
+from hfvram.memory.exact.build import build
 from hfvram.memory.exact.flash_attention import ask_for_flash, flash_kernels
 from hfvram.memory.exact.fp8 import fp8_kernels, load_fp8
 from hfvram.memory.exact.inference import infer
+from hfvram.memory.exact.labels import name_tensors
 from hfvram.memory.exact.quantized import quantize
 from hfvram.memory.exact.run import Run
 from hfvram.memory.exact.state_space import fused

@@ -48,7 +48,7 @@ def steps(run: Run, model: Any, given: dict[str, Any], parameters: list[Any], re
     tracker, timeline = run.tracker, run.timeline
     held = [own(p) for p in parameters]
     names = {id(p): n for n, p in model.named_parameters()}
-    named = {names[id(p)]: h for p, h in zip(parameters, held, strict=True)}
+    named = [(names[id(p)], h) for p, h in zip(parameters, held, strict=True)]
     opt = optimizer(request.optimizer, held, linear(model, parameters))
     autocast = request.mixed_precision != "no" and request.fsdp is None
     scale = loss_scale(parameters) if autocast and request.mixed_precision == "fp16" else None
@@ -101,13 +101,13 @@ def loss_scale(parameters: list[Any]) -> Any:
     return torch.full((), 65536.0, dtype=torch.float32, device="meta")
 
 
-def name(run: Run, parameters: dict[str, Any], opt: Any) -> None:
+def name(run: Run, parameters: list[tuple[str, Any]], opt: Any) -> None:
     """Say which tensors are gradients and which are the optimizer's, and how many bytes each are in all."""
     name_gradients(run.tracker, parameters)
     name_states(run.tracker, parameters, opt)
     timeline, kept = run.timeline, list(states(opt))
-    grads = [p.grad for p in parameters.values() if p.grad is not None]
-    timeline.trainable_parameters = sum(p.numel() for p in parameters.values())
+    grads = [p.grad for _, p in parameters if p.grad is not None]
+    timeline.trainable_parameters = sum(p.numel() for _, p in parameters)
     timeline.gradients_bytes = sum(g.numel() * g.element_size() for g in grads)
     timeline.managed_bytes = getattr(opt, "managed_bytes", 0)
     own_bytes = sum(v.numel() * v.element_size() for _, v in kept if v.device.type == "meta")
