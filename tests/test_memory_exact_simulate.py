@@ -92,8 +92,8 @@ def test_errors_are_told_in_a_line() -> None:
     with pytest.raises(HfvramError, match="knows no model type") as unknown:
         run({"model_type": "nothing-like-it"})
     assert unknown.value.kind == "unknown_architecture"
-    with pytest.raises(HfvramError, match="--quant fp8") as usage:
-        run(TINY, quant="fp8")
+    with pytest.raises(HfvramError, match="--quant gptq-4") as usage:
+        run(TINY, quant="gptq-4")
     assert usage.value.kind == "usage"
 
 
