@@ -110,3 +110,11 @@ def test_optimizers_that_tell_linear_layers_apart(optimizer: str) -> None:
         low = 2 * 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64)
         want = rest + 2 * low + 2 * 2 * (2 * 64 * 64 + 2 * 32 * 32 + 3 * 64 * 64)
     assert timeline.optimizer_bytes == want
+
+
+@pytest.mark.parametrize(("labels", "label_bytes"), [(1, 2), (3, 8)])
+def test_a_class_that_judges_whole_sequences_has_a_label_for_each(labels: int, label_bytes: int) -> None:
+    request = Request.from_dict({"mode": "train", "ctx": 64, "batch": 3, "dtype": "bf16", "quant": "none"})
+    timeline = simulate(LLAMA | {"num_labels": labels}, "LlamaForSequenceClassification", request)
+    given = [size for size, tag in zip(timeline.sizes, timeline.tags, strict=True) if tag.category == "inputs"]
+    assert sorted(given) == [3 * label_bytes, 3 * 64 * 8]

@@ -19,6 +19,8 @@ MEDIA = ("pixel_values", "pixel_values_videos", "flattened_patches", "input_feat
 PARTS = ("vision_config", "audio_config", "encoder", "encoder_config", "thinker_config", "text_config", "decoder")
 BESIDE = {"bbox": 4, "image_attention_mask": 1}
 """What some models want to know of each token: where it stands on the page, which of the pictures it sees."""
+ONE_LABEL = ("ForSequenceClassification", "ForImageClassification", "ForAudioClassification")
+"""Classes that judge a sequence or a picture as a whole."""
 USUAL_STRIDE = 320
 """Samples that become one frame, where the configuration doesn't say: 20 ms at 16 kHz."""
 Shapes = dict[str, tuple[int, ...]]
@@ -32,7 +34,8 @@ def inputs(run: Run, model: Any, request: Request) -> dict[str, Any]:
     """
     forms = candidates(model, request)
     if request.mode != "inference" and "labels" in inspect.signature(model.forward).parameters:
-        forms = [labelled(form, request) for form in forms]
+        whole = type(model).__name__.endswith(ONE_LABEL)
+        forms = [form | {"labels": (request.batch,)} if whole else labelled(form, request) for form in forms]
     shapes = forms[0]
     if len(forms) > 1:
         shapes = next((form for form in forms if runs(run, model, empty(model, decoding(model, form)))), shapes)
@@ -57,6 +60,8 @@ def empty(model: Any, shapes: Shapes) -> dict[str, Any]:
     given = {}
     for name, shape in shapes.items():
         whole = name in TEXT or name.endswith(("labels", "ids", "mask"))
+        if len(shape) == 1:  # a label for each sequence: a class, or a number where there is but one
+            whole = getattr(model.config, "num_labels", 2) > 1
         given[name] = torch.empty(shape, dtype=torch.long if whole else model.dtype, device="meta")
     return given
 
