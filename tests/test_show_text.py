@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from estimates import mamba, mixtral, roomy, too_much
 
-from hfvram.answer.estimate import Estimate
+from hfvram.answer.estimate import Estimate, LiveTensor
 from hfvram.errors import HfvramError
 from hfvram.show.csv import csv
 from hfvram.show.explain import explain
@@ -25,6 +25,43 @@ ROWS = [
     Row("mistralai/Mixtral-8x7B", {"quant": "nf4"}, too_much()),
     Row("no/such-model-anywhere", {"quant": "none"}, HfvramError("not_found", "no such repo")),
 ]
+
+
+def with_tensors() -> Estimate:
+    path = "model.layers.31.block_sparse_moe.experts.down_proj_with_a_name_that_is_long"
+    head = LiveTensor(
+        path="lm_head",
+        what="weights",
+        category="weights",
+        operator="",
+        shape=(32000, 4096),
+        dtype="bf16",
+        bytes=262_144_000,
+        count=1,
+    )
+    saved = LiveTensor(
+        path=path,
+        what="saved activations",
+        category="activations",
+        operator="mm",
+        shape=(16368, 4096),
+        dtype="bf16",
+        bytes=134_086_656,
+        count=32,
+    )
+    workspace = LiveTensor(
+        path="",
+        what="cuBLAS workspace",
+        category="workspace",
+        operator="",
+        shape=(),
+        dtype="",
+        bytes=33_554_432,
+        count=2,
+    )
+    return replace(too_much(), largest_tensors=(head, saved, workspace))
+
+
 CASES = {
     "mixtral-80.txt": lambda: text(mixtral(), 80),
     "mixtral-120.txt": lambda: text(mixtral(), 120),
@@ -32,6 +69,7 @@ CASES = {
     "roomy-120.txt": lambda: text(roomy(), 120),
     "mamba-80.txt": lambda: text(mamba(), 80),
     "explain-80.txt": lambda: explain(too_much(), 80),
+    "explain-tensors-80.txt": lambda: explain(with_tensors(), 80),
     "mixtral.md": lambda: markdown(too_much()),
     "mixtral.json": lambda: dumps(too_much().to_dict()),
     "table-80.txt": lambda: table(ROWS, 80),
@@ -49,7 +87,7 @@ def test_golden(name: str) -> None:
     assert shown == (GOLDEN / name).read_text()
 
 
-@pytest.mark.parametrize("estimate", [mixtral(), too_much(), roomy(), mamba()])
+@pytest.mark.parametrize("estimate", [mixtral(), too_much(), roomy(), mamba(), with_tensors()])
 @pytest.mark.parametrize("width", [80, 120])
 def test_no_line_is_wider_than_the_terminal(estimate: Estimate, width: int) -> None:
     for shown in (text(estimate, width), explain(estimate, width)):

@@ -47,6 +47,23 @@ class Item:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LiveTensor:
+    """A tensor that is live at the peak: the module or parameter that it is of, what it is, and what made it.
+
+    `bytes` are one tensor's; `count` of them stand there that differ only in the numbers of their paths.
+    """
+
+    path: str
+    what: str
+    category: Category
+    operator: str
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Interval:
     """Where `device_bytes` probably lies: the errors of the measured cases most like this one, applied to it."""
 
@@ -115,6 +132,7 @@ class Estimate:
     serving: None = None
     fit: Fit | None = None
     recommended: tuple[Recommended, ...] = ()
+    largest_tensors: tuple[LiveTensor, ...] = ()
     components: tuple[tuple[str, "Estimate"], ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -125,6 +143,7 @@ class Estimate:
             out[name] = _shallow(out[name])
         out["request"] = self.request.to_dict()
         out["items"] = [_shallow(item) for item in self.items]
+        out["largest_tensors"] = [_shallow(tensor) | {"shape": list(tensor.shape)} for tensor in self.largest_tensors]
         out["fit"] = self.fit and {**_shallow(self.fit), "ways": [_shallow(way) for way in self.fit.ways]}
         out["recommended"] = [_shallow(r) for r in self.recommended]
         out["components"] = [{"name": n, **e.to_dict()} for n, e in self.components]

@@ -170,6 +170,7 @@ def _simulated(model: Model, request: Request, notes: list[str]) -> Estimate:
         model=replace(estimate.model, trainable_parameters=found.trainable_parameters),
         gradients_bytes=found.gradients_bytes,
         optimizer_bytes=found.optimizer_bytes,
+        largest_tensors=found.largest_tensors,
         versions=versions(),
         cache_bytes=found.cache_bytes,
         peak_reserved_bytes=found.reserved_bytes,

@@ -3,15 +3,16 @@
 import hashlib
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from hfvram import __version__, memory
-from hfvram.answer.estimate import Item
+from hfvram.answer.estimate import Item, LiveTensor
 from hfvram.answer.items import items
+from hfvram.answer.largest import largest
 from hfvram.errors import HfvramError
 from hfvram.memory.allocator import replay
 from hfvram.model.identify import Model
@@ -39,13 +40,14 @@ class Simulated:
     optimizer_bytes: int
     managed_bytes: int
     trainable_parameters: int
+    largest_tensors: tuple[LiveTensor, ...]
 
 
 def simulated(model: Model, request: Request) -> Simulated:
     """Run a resolved request on meta, or find what it gave before. Raises `missing_extra` without torch."""
     key = _key(model, request)
     if (kept := disk.load(SHELF, key)) is not None:
-        return Simulated(**{**kept, "items": tuple(Item(**item) for item in kept["items"])})
+        return _restored(kept)
     from hfvram.memory.exact.simulate import simulate
 
     timeline = simulate(model.checkpoint.config, model.architecture.class_name, request)
@@ -60,10 +62,16 @@ def simulated(model: Model, request: Request) -> Simulated:
         optimizer_bytes=timeline.optimizer_bytes,
         managed_bytes=timeline.managed_bytes,
         trainable_parameters=timeline.trainable_parameters,
+        largest_tensors=largest(timeline, peaks),
     )
-    values = {name: getattr(found, name) for name in found.__slots__}
-    disk.store(SHELF, key, values | {"items": [{n: getattr(i, n) for n in i.__slots__} for i in found.items]})
+    disk.store(SHELF, key, asdict(found))
     return found
+
+
+def _restored(kept: dict[str, Any]) -> Simulated:
+    items = tuple(Item(**item) for item in kept["items"])
+    tensors = (LiveTensor(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in kept["largest_tensors"])
+    return Simulated(**{**kept, "items": items, "largest_tensors": tuple(tensors)})
 
 
 @cache

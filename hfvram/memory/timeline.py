@@ -1,5 +1,6 @@
 """A request as a sequence of allocations and frees, by category: what both engines write and the allocator replays."""
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -23,8 +24,18 @@ class Tag(NamedTuple):
     certainty: Certainty = "derived"
 
 
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 Made = tuple[str, Any, Any, Any]
 """The tensor of an allocation: the module (or parameter) that it is of, its operator, its shape and its dtype."""
+
+
+def starred(path: str) -> str:
+    """A module's path without its numbers, which is what alike modules have in common.
+
+    >>> starred("model.layers.12.mlp.experts.3.up_proj")
+    'model.layers.*.mlp.experts.*.up_proj'
+    """
+    return _NUMBER.sub("*", path)
 
 
 @dataclass(frozen=True, eq=False)

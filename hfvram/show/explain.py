@@ -1,6 +1,8 @@
 """How every byte comes about: each item's formula with its numbers, where the formula is from, how sure it is."""
 
-from hfvram.answer.estimate import Estimate
+from collections.abc import Iterable
+
+from hfvram.answer.estimate import Estimate, LiveTensor
 from hfvram.show.layout import Paint, columns, plain, size
 from hfvram.show.text import headline, totals
 
@@ -20,6 +22,21 @@ def explain(estimate: Estimate, width: int, paint: Paint = plain) -> str:
         lines += ["", f"{paint(item.name, 'bold')}: {item.bytes:,} B ({size(item.bytes)}), {CERTAINTY[item.certainty]}"]
         rows = [("=", item.formula)] * bool(item.formula) + [("source:", item.source)] * bool(item.source)
         lines += [line for row in rows for line in columns([row], width, "<<", indent=2)]
-    lines += ["", f"sum = peak allocated: {e.peak_allocated_bytes:,} B", "", *totals(e, width, paint)]
+    lines += ["", f"sum = peak allocated: {e.peak_allocated_bytes:,} B"]
+    if e.largest_tensors:
+        lines += ["", paint("Largest tensors at the peak", "bold"), *largest(e.largest_tensors, width)]
+    lines += ["", *totals(e, width, paint)]
     lines += [line for w in e.warnings for line in columns([("note:", w)], width, "<<")]
     return "\n".join(lines)
+
+
+def largest(tensors: Iterable[LiveTensor], width: int) -> list[str]:
+    """Tensors, two lines each: size, path and what it is; then its shape, and how many are like it."""
+    rows = []
+    for t in tensors:
+        by = f" ({t.operator})" if t.operator else ""
+        rows.append((size(t.bytes), f"{t.path}: {t.what}{by}" if t.path else t.what + by))
+        like = f", and {t.count - 1:,} like it" if t.count > 1 else ""
+        shape = f"{' × '.join(f'{n:,}' for n in t.shape) or '1'} {t.dtype} = " if t.dtype else ""
+        rows.append(("", f"{shape}{t.bytes:,} B{like}"))
+    return columns(rows, width, "><")

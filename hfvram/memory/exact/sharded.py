@@ -22,7 +22,8 @@ from hfvram.request import Request
 
 FSDP = "torch.distributed.fsdp._fully_shard."
 GATHERED = "parameters gathered by FSDP"
-REDUCED = "gradients reduced by FSDP"
+REDUCED = "gradients in FSDP's reduce-scatter"
+WHOLE = "gradients before FSDP's reduce-scatter"
 
 
 class CudaStream:
@@ -98,6 +99,13 @@ def fsdp_on_meta(tracker: Tracker) -> Iterator[None]:
         return run
 
     group = sys.modules[FSDP + "_fsdp_param_group"]
+    reduce = group.foreach_reduce
+
+    def reduced(parameters: Any, gradients: Any, *args: Any, **kwargs: Any) -> Any:
+        tracker.retag(gradients, "gradients", WHOLE)
+        with _named(tracker, "gradients", REDUCED):
+            return reduce(parameters, gradients, *args, **kwargs)
+
     with contextlib.ExitStack() as stack:
         for name, module in list(sys.modules.items()):
             if name.startswith(FSDP) and hasattr(module, "_get_device_handle"):
@@ -110,9 +118,9 @@ def fsdp_on_meta(tracker: Tracker) -> Iterator[None]:
         calls: tuple[tuple[str, Category, str], ...] = (
             ("foreach_all_gather", "workspace", GATHERED),
             ("foreach_all_gather_copy_out", "workspace", GATHERED),
-            ("foreach_reduce", "gradients", REDUCED),
         )
         stack.enter_context(_replaced(group, **{f: named(getattr(group, f), c, n) for f, c, n in calls}))
+        stack.enter_context(_replaced(group, foreach_reduce=reduced))
         stack.enter_context(_replaced(group.FSDPParamGroup, _validate_no_meta_params=lambda self: None))
         yield
 

@@ -1,6 +1,5 @@
 """Follows every storage of a run on the meta device from birth to death, and writes it into a `Timeline`."""
 
-import re
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
@@ -13,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hfvram.memory.exact.data_dependent import ANSWERS, NOTES, forget, scalar
 from hfvram.memory.exact.meta_kernels import MetaKernels
 from hfvram.memory.generation import CUBLAS_SOURCE, HOPPER
-from hfvram.memory.timeline import Category, Tag, Timeline
+from hfvram.memory.timeline import Category, Tag, Timeline, starred
 
 aten = torch.ops.aten
 CUBLASLT_BYTES = 1 << 20
@@ -23,16 +22,6 @@ CUBLASLT = Tag("cuBLASLt workspace", "workspace", "1 MiB, one a thread", "PyTorc
 MATRIX_PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.addbmm, aten._grouped_mm, aten._scaled_mm}
 OWN = "the model's own code"
 IN_BACKWARD = "gradients of activations"
-_INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
-
-
-def starred(path: str) -> str:
-    """A module's path without its numbers, which is what alike modules have in common.
-
-    >>> starred("model.layers.12.mlp.experts.3.up_proj")
-    'model.layers.*.mlp.experts.*.up_proj'
-    """
-    return _INDEX.sub("*", path)
 
 
 def scratch_bytes(operator: Any, args: tuple[Any, ...]) -> tuple[int, ...]:
