@@ -32,7 +32,8 @@ def settle(model: Any) -> None:
     Which ids they are changes no size. And all parameters are on meta, those too that are made of random numbers.
     """
     generation = getattr(model, "generation_config", None)
-    holders = [h for h in (generation, model.config if model.config.is_encoder_decoder else None) if h is not None]
+    padded = model.config.is_encoder_decoder or type(model).__name__.endswith("ForSequenceClassification")
+    holders = [h for h in (generation, model.config if padded else None) if h is not None]
     for holder in holders:
         for name in TOKENS:
             if getattr(holder, name, None) is None:
