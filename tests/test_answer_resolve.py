@@ -123,3 +123,9 @@ def test_the_generation_is_hoppers_unless_named_and_another_is_told() -> None:
 
 def test_expandable_segments_are_told_not_to_be_measured() -> None:
     assert "not measured" in resolve(model(), Request(expandable_segments=True))[1][0]
+
+
+@pytest.mark.parametrize("cache", ["offloaded", "quantized"])
+def test_caches_that_generate_alone_makes(cache: str) -> None:
+    assert refusal(model(), cache=cache, phase="prefill") == f"--cache {cache} goes with --phase generate"
+    assert resolved(model(), cache=cache).cache == cache

@@ -66,6 +66,13 @@ def test_training_options_with_inference(options: dict[str, Any]) -> None:
     assert "--mode inference has no use for it" in caught.value.message
 
 
+@pytest.mark.parametrize("cache", ["offloaded", "quantized"])
+def test_caches_that_the_formulas_do_not_know(cache: str) -> None:
+    check(Request(cache=cache, method="simulate"))
+    with pytest.raises(HfvramError, match="with --method simulate"):
+        check(Request(cache=cache, method="formula"))
+
+
 def test_what_is_answered() -> None:
     for options in ({}, {"cache": "static"}, {"method": "guide"}, {"quant": "nf4"}, {"zero": 0}, {"gpus": 1}):
         check(Request(**options))  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ from math import log2
 
 from hfvram.answer.estimate import Fit, Way
 from hfvram.answer.gpus import Gpu
+from hfvram.answer.supported import SIMULATED_CACHES
 from hfvram.errors import HfvramError
 from hfvram.request import Request
 
@@ -22,7 +23,7 @@ LEAST_CTX = 256
 MOST_WAYS = 6
 
 MOST_RUNS = 8
-"""Of a model's own code in search of ways to train it: each takes seconds, so the mildest changes come first."""
+"""Of a model's own code in search of ways to run it: each takes seconds, so the mildest changes come first."""
 
 
 Change = Callable[[Request], Request]
@@ -31,8 +32,8 @@ Change = Callable[[Request], Request]
 def judge(device_bytes: DeviceBytes, request: Request, gpu: Gpu, *, max_positions: int | None = None) -> Fit:
     """Whether `request`, whose `ctx` is known, fits `gpu`, and the limits: with all else as asked, `max_ctx` is the
     largest context that fits, up to the model's own limit `max_positions` (or to `ctx` if that is beyond it), and
-    `max_batch` the largest batch; 0 where not even one fits; for training, where each step of the search takes seconds,
-    only if asked for. When it does not fit, `ways` says what would make it fit.
+    `max_batch` the largest batch; 0 where not even one fits; where each step of the search takes seconds (training, and
+    caches that only the exact engine knows), only if asked for. When it does not fit, `ways` says what would make it.
     """
     if request.ctx is None:
         raise ValueError("judge needs a request whose ctx is resolved")
@@ -46,7 +47,7 @@ def judge(device_bytes: DeviceBytes, request: Request, gpu: Gpu, *, max_position
     needed, capacity = measured(request), gpu.memory_bytes
     longest = max(request.ctx, max_positions) if max_positions else LIMIT
     fits = needed <= capacity
-    searched = request.mode == "inference"
+    searched = request.mode == "inference" and request.cache not in SIMULATED_CACHES
     return Fit(
         gpu=gpu.name,
         capacity_bytes=capacity,
@@ -103,16 +104,16 @@ def largest(taken: Callable[[int], int], capacity: int, start: int, most: int) -
 
 def ways(device_bytes: DeviceBytes, request: Request, capacity: int) -> tuple[Way, ...]:
     """Changes, and pairs of changes where neither alone is enough, with which `request` fits; the mildest first."""
-    training = request.mode != "inference"
-    singles = training_changes(request) if training else changes(device_bytes, request, capacity)
+    stepwise = request.mode != "inference" or request.cache in SIMULATED_CACHES
+    singles = fixed_changes(request) if stepwise else changes(device_bytes, request, capacity)
     tried = [parts for count in (1, 2) for parts in combinations(singles, count)]
-    if training:
+    if stepwise:
         tried.sort(key=lambda parts: cost(request, reduce(lambda r, change: change(r), parts, request)))
     enough: set[Change] = set()
     found: dict[Request, Way] = {}
     seen: set[Request] = set()
     for parts in tried:
-        if enough.intersection(parts) or (training and len(seen) == MOST_RUNS):
+        if enough.intersection(parts) or (stepwise and len(seen) == MOST_RUNS):
             continue
         try:
             changed = reduce(lambda r, change: change(r), parts, request)
@@ -129,10 +130,12 @@ def ways(device_bytes: DeviceBytes, request: Request, capacity: int) -> tuple[Wa
     return tuple(way for _, way in sorted(found.items(), key=lambda f: cost(request, f[0]))[:MOST_WAYS])
 
 
-def training_changes(request: Request) -> list[Change]:
-    """What could be changed about a training request, each by a fixed step, without a search."""
+def fixed_changes(request: Request) -> list[Change]:
+    """What could be changed about a request of which every run takes seconds, each by a fixed step, not by a search."""
     found: list[Change] = []
-    if not request.gradient_checkpointing:
+    if request.mode == "inference" and request.quant in ("auto", "none"):
+        found += [lambda r: r.with_(quant="int8"), lambda r: r.with_(quant="nf4")]
+    if request.mode != "inference" and not request.gradient_checkpointing:
         found.append(lambda r: r.with_(gradient_checkpointing=True))
     if request.mode == "train" and request.optimizer.startswith("adamw_torch"):
         found.append(lambda r: r.with_(optimizer="adamw_8bit"))

@@ -11,7 +11,7 @@ from hfvram.answer.gpus import Gpu, find_gpu, recommend
 from hfvram.answer.interval import interval
 from hfvram.answer.items import derived, items
 from hfvram.answer.resolve import resolve
-from hfvram.answer.supported import check
+from hfvram.answer.supported import SIMULATED_CACHES, check
 from hfvram.errors import HfvramError
 from hfvram.memory.allocator import replay
 from hfvram.memory.device import device_bytes, kernels_bytes
@@ -47,7 +47,7 @@ class Session:
         file: str | None = None,
     ) -> Estimate:
         """What `request` takes of one GPU. Raises `HfvramError` of every kind of SPEC's table."""
-        if request.method == "auto" and request.mode != "inference":
+        if request.method == "auto" and (request.mode != "inference" or request.cache in SIMULATED_CACHES):
             request = request.with_(method="simulate")
         check(request)
         key = (model, revision, token, offline, file, request.allow_unknown, request.trust_remote_code)
@@ -113,7 +113,8 @@ def verdict(model: Model, found: Estimate, gpu: Gpu) -> tuple[Fit, list[str]]:
     if (request.gpus or 1) == 1:
         known = {request: found.device_bytes}
         limit = model.architecture.max_positions
-        needed = taken if request.mode == "inference" else lambda m, r: estimate_of(m, r).device_bytes
+        by_formula = request.mode == "inference" and request.cache not in SIMULATED_CACHES
+        needed = taken if by_formula else lambda m, r: estimate_of(m, r).device_bytes
         return judge(lambda r: known[r] if r in known else needed(model, r), request, gpu, max_positions=limit), []
     if request.max_ctx or request.max_batch:
         raise HfvramError("usage", "--max-ctx and --max-batch are for one GPU so far")
@@ -170,7 +171,6 @@ def _simulated(model: Model, request: Request, notes: list[str]) -> Estimate:
         model=replace(estimate.model, trainable_parameters=found.trainable_parameters),
         gradients_bytes=found.gradients_bytes,
         optimizer_bytes=found.optimizer_bytes,
-        largest_tensors=found.largest_tensors,
         versions=versions(),
         cache_bytes=found.cache_bytes,
         peak_reserved_bytes=found.reserved_bytes,

@@ -1,7 +1,7 @@
 """What a request leaves open, decided by the model: context, phase, dtypes; what goes against it, and what was never
 measured, is told."""
 
-from hfvram.answer.supported import ON_LOADING
+from hfvram.answer.supported import ON_LOADING, SIMULATED_CACHES
 from hfvram.errors import HfvramError
 from hfvram.memory.attention import implementation
 from hfvram.memory.forward import Forward
@@ -27,6 +27,8 @@ def resolve(architecture: Architecture, request: Request) -> tuple[Request, list
     phase = request.phase or ("encode" if encoder or bare else "generate")
     if encoder and phase != "encode":
         raise HfvramError("usage", f"--phase {phase}: {architecture.class_name} keeps no cache, valid is encode")
+    if request.cache in SIMULATED_CACHES and request.mode == "inference" and phase != "generate":
+        raise HfvramError("usage", f"--cache {request.cache} goes with --phase generate")
     if phase == "encode" and request.cache == "static":
         raise HfvramError("usage", "--cache static goes with --phase generate")
     new = request.new_tokens or min(DEFAULT_NEW_TOKENS, ctx - 1)

@@ -22,6 +22,8 @@ SUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
 }
 BY_SIMULATE: Final = ("mode", "gpus", "tp", "sp", "fsdp")
 """Options of which the exact engine answers every value."""
+SIMULATED_CACHES: Final = ("offloaded", "quantized")
+"""Caches that only the exact engine answers: transformers' own code moves and packs them."""
 TRAINING: Final = (
     *("gradient_checkpointing", "mixed_precision", "grad_accum", "optimizer"),
     *("lora_r", "lora_targets", "lora_dropout", "adapter_dtype", "fsdp"),
@@ -41,13 +43,15 @@ def check(request: Request) -> None:
     """Raises `usage` for what this version can't answer, and for training options of an inference request."""
     for name, values in SUPPORTED.items():
         value = getattr(request, name)
-        if request.method == "simulate" and name in BY_SIMULATE:
+        if request.method == "simulate" and (name in BY_SIMULATE or (name == "cache" and value in SIMULATED_CACHES)):
             continue
         if value not in values:
             words = ", ".join(str(v) for v in values if v is not None and v != ())
             option = "--" + name.replace("_", "-")
             shown = ",".join(value) if isinstance(value, tuple) else value
             more = ", and the others with --method simulate" if name in BY_SIMULATE else ""
+            if name == "cache":
+                more = f", and {' and '.join(SIMULATED_CACHES)} with --method simulate"
             raise HfvramError(
                 "usage",
                 f"{option} {shown} is not supported yet: this version answers {option} {words or '(none)'}{more}",

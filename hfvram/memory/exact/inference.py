@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import GenerationMixin
 
+from hfvram.memory.exact.caches import caches, grow
 from hfvram.memory.exact.data_dependent import legible
 from hfvram.memory.exact.inputs import MEDIA, inputs
 from hfvram.memory.exact.run import Run
@@ -27,7 +28,7 @@ def infer(run: Run, model: Any, request: Request) -> None:
     run.tracker.unpadded = not request.padding
     given = inputs(run, model, request)
     hook = model.register_forward_hook(lambda _, args, out: note_cache(run, cache_of(out)))
-    with run.on_cuda(model), legible(), torch.no_grad():
+    with run.on_cuda(model), caches(run, request.cache), legible(), torch.no_grad():
         if request.phase == "generate" and model.can_generate():
             cache = generate(run, model, given, request)
         else:
@@ -75,17 +76,6 @@ def generator(model: Any) -> Callable[..., Any]:
     return functools.partial(GenerationMixin.generate, model) if windows else own
 
 
-def grow(cache: Any, tokens: int) -> bool:
-    """Keys and values of so many tokens more, for each layer that keeps any; whether one does."""
-    grown = False
-    for number, layer in enumerate(cache.layers):
-        kept: list[Any] = [getattr(layer, name, None) for name in ("keys", "values")]
-        if all(isinstance(t, torch.Tensor) for t in kept):
-            cache.update(*[t.new_empty((*t.shape[:2], tokens, t.shape[3])) for t in kept], number)
-            grown = True
-    return grown
-
-
 def forward_count(run: Run, model: Any, new: int) -> None:
     """End `generate` after `new` passes, which it would read from the tokens; mark the second as decoding."""
     done = 0
@@ -125,7 +115,8 @@ def note_cache(run: Run, cache: Any) -> None:
     """Count the cache as it is now, and say of its tensors what they are."""
     tensors = list(reachable(cache))
     run.tracker.retag(tensors, "cache", "keys, values and states")
-    run.timeline.cache_bytes = sum(t.untyped_storage().nbytes() for t in tensors)
+    here = (t for t in tensors if t.device.type == run.tracker.device)  # not what is offloaded
+    run.timeline.cache_bytes = sum(t.untyped_storage().nbytes() for t in here)
 
 
 def reachable(root: Any) -> Iterator[Any]:
@@ -147,5 +138,5 @@ def reachable(root: Any) -> Iterator[Any]:
             rest += list(thing.values())
         elif isinstance(thing, (list, tuple, set)):
             rest += list(thing)
-        elif type(thing).__module__.startswith("transformers.") and hasattr(thing, "__dict__"):
+        elif type(thing).__module__.startswith(("transformers.", "hfvram.")) and hasattr(thing, "__dict__"):
             rest += [value for name, value in vars(thing).items() if "config" not in name.lower()]
