@@ -11,9 +11,10 @@ from hfvram.errors import HfvramError
 from hfvram.request import Request
 
 if TYPE_CHECKING:
+    from hfvram.answer.dry_run import DryRun
     from hfvram.answer.estimate import Estimate
 
-__all__ = ["Estimate", "HfvramError", "Request", "__version__", "estimate"]
+__all__ = ["DryRun", "Estimate", "HfvramError", "Request", "__version__", "dry_run", "estimate"]
 __version__ = "0.1.0"
 
 
@@ -36,9 +37,25 @@ def estimate(
     return Session().estimate(model, request, revision=revision, token=token, offline=offline, file=file)
 
 
+def dry_run(gpu: str | None = None) -> "DryRun":
+    """What a GPU would hold while the PyTorch code in its `with` runs: any model, loss, optimizer and loop.
+
+    Nothing is computed: inside, tensors are on the meta device. `gpu` names one whose choice of kernels matters, else
+    an H100's are taken. Raises `missing_extra` without torch, `usage` for an unknown GPU.
+    """
+    from hfvram.answer.dry_run import DryRun
+    from hfvram.show.dry_run import report
+
+    return DryRun(report, gpu)
+
+
 def __getattr__(name: str) -> Any:
     if name == "Estimate":
         from hfvram.answer.estimate import Estimate
 
         return Estimate
+    if name == "DryRun":
+        from hfvram.answer.dry_run import DryRun
+
+        return DryRun
     raise AttributeError(f"module 'hfvram' has no attribute {name!r}")

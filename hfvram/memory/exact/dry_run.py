@@ -38,8 +38,8 @@ class UserCode(CudaBehaviour):
         if kwargs.get("device") is not None:
             kwargs["device"] = _here(kwargs["device"])
         if func in CONSTRUCTORS:
-            if not self.watch.stepping and kwargs.get("generator") is None:
-                kwargs.setdefault("device", "meta")
+            if kwargs.get("device") is None and kwargs.get("generator") is None and not self.watch.stepping:
+                kwargs["device"] = "meta"
             with self.watch.made_outside():
                 return func(*args, **kwargs)
         if func is torch.Tensor.cuda:
@@ -194,6 +194,7 @@ def dry_run(run: Run) -> Iterator[Watch]:
         stack.enter_context(run.running(watch.names))
         backward = functools.partial(watch.backward, torch.autograd._engine_run_backward)
         stack.enter_context(patch("torch.autograd._engine_run_backward", backward))
+        stack.callback(run.tracker.live.clear)  # what dies afterwards is not of the run
         yield watch
 
 
