@@ -93,6 +93,10 @@ def test_states_do_not_grow_over_a_long_generation() -> None:
     assert run(config, ctx=256, new_tokens=200).cache_bytes == run(config).cache_bytes
 
 
+def test_a_single_token_is_a_prefill() -> None:
+    assert run(ctx=1, new_tokens=None).cache_bytes == run(ctx=1, new_tokens=None, phase="prefill").cache_bytes > 0
+
+
 def test_a_cache_that_is_switched_off_is_none() -> None:
     config = {"model_type": "mpt", "d_model": 64, "n_heads": 4, "n_layers": 2, "vocab_size": 512, "use_cache": False}
     assert run(config).cache_bytes == 0
@@ -109,3 +113,12 @@ def test_an_encoder_decoder_keeps_two_caches() -> None:
 def test_storages_are_found_once() -> None:
     a = torch.empty(4, device="meta")
     assert [t.numel() for t in reachable({"x": [a, a[1:]], "y": (a, {"z": None})})] in ([4], [3])
+
+
+T5 = {"model_type": "t5", "d_model": 64, "d_ff": 128, "d_kv": 16, "num_heads": 4, "num_layers": 2, "vocab_size": 512}
+
+
+def test_encoding_is_the_encoders_pass_and_a_prefill_adds_a_token_of_the_decoder() -> None:
+    assert run(T5, phase="encode", new_tokens=None).cache_bytes == 0
+    both = (1 + 64) * 2 * 2 * 2 * 4 * 16 * 2
+    assert run(T5, phase="prefill", new_tokens=None).cache_bytes == both

@@ -16,7 +16,7 @@ from hfvram.errors import HfvramError
 from hfvram.memory.allocator import replay
 from hfvram.memory.device import device_bytes, kernels_bytes
 from hfvram.memory.formula import mask_bytes, timeline
-from hfvram.model.bound import bound
+from hfvram.model.bound import bound, by_its_code, can_run
 from hfvram.model.identify import Model, identify, identify_components, needs_headers
 from hfvram.model.infer import infer
 from hfvram.model.layers import Mamba1, Mamba2
@@ -50,7 +50,8 @@ class Session:
         if request.method == "auto" and (request.mode != "inference" or request.cache in SIMULATED_CACHES):
             request = request.with_(method="simulate")
         check(request)
-        key = (model, revision, token, offline, file, request.allow_unknown, request.trust_remote_code)
+        allowed = (request.allow_unknown, request.trust_remote_code, request.method)
+        key = (model, revision, token, offline, file, *allowed)
         if key not in self._models:
             try:
                 checkpoint = read_checkpoint(model, revision=revision, token=token, offline=offline, file=file)
@@ -80,7 +81,12 @@ def understand(checkpoint: Checkpoint, request: Request, token: str | None = Non
     try:
         architecture = infer(checkpoint.config, generation=checkpoint.generation_config)
     except HfvramError as error:
-        if error.kind != "unknown_architecture" or not (request.allow_unknown or request.trust_remote_code):
+        if error.kind != "unknown_architecture":
+            raise
+        bounded = request.allow_unknown or request.trust_remote_code
+        if request.method == "simulate" or (request.method == "auto" and not bounded and can_run(checkpoint.config)):
+            return identify(checkpoint, by_its_code(checkpoint, error))
+        if not bounded:
             raise
         checkpoint = read_all_headers(checkpoint, token=token, offline=offline)
         return identify(checkpoint, bound(checkpoint, error, request.trust_remote_code))
@@ -114,6 +120,7 @@ def verdict(model: Model, found: Estimate, gpu: Gpu) -> tuple[Fit, list[str]]:
         known = {request: found.device_bytes}
         limit = model.architecture.max_positions
         by_formula = request.mode == "inference" and request.cache not in SIMULATED_CACHES
+        by_formula = by_formula and bool(model.architecture.layer_kinds)
         needed = taken if by_formula else lambda m, r: estimate_of(m, r).device_bytes
         return judge(lambda r: known[r] if r in known else needed(model, r), request, gpu, max_positions=limit), []
     if request.max_ctx or request.max_batch:
@@ -137,6 +144,8 @@ def estimate_of(model: Model, asked: Request) -> Estimate:
         alone = asked.with_(phase=None, gpu=None, max_ctx=False, max_batch=False)
         parts = tuple((name, estimate_of(part, alone)) for name, part in model.components)
         return pipeline.total(model.checkpoint.id, parts, model.warnings)
+    if asked.method == "auto" and not model.architecture.layer_kinds:
+        asked = asked.with_(method="simulate")  # no formula knows it
     request, notes = resolve(model.architecture, asked)
     ruled = guide_items(model, request)
     if request.method == "guide":
@@ -171,6 +180,7 @@ def _simulated(model: Model, request: Request, notes: list[str]) -> Estimate:
         model=replace(estimate.model, trainable_parameters=found.trainable_parameters),
         gradients_bytes=found.gradients_bytes,
         optimizer_bytes=found.optimizer_bytes,
+        largest_tensors=found.largest_tensors,
         versions=versions(),
         cache_bytes=found.cache_bytes,
         peak_reserved_bytes=found.reserved_bytes,

@@ -14,7 +14,7 @@ from transformers import GenerationMixin
 
 from hfvram.memory.exact.caches import caches, grow
 from hfvram.memory.exact.data_dependent import legible
-from hfvram.memory.exact.inputs import MEDIA, inputs
+from hfvram.memory.exact.inputs import MEDIA, decoding, empty, inputs
 from hfvram.memory.exact.run import Run
 from hfvram.request import Request
 
@@ -29,7 +29,7 @@ def infer(run: Run, model: Any, request: Request) -> None:
     given = inputs(run, model, request)
     hook = model.register_forward_hook(lambda _, args, out: note_cache(run, cache_of(out)))
     with run.on_cuda(model), caches(run, request.cache), legible(), torch.no_grad():
-        if request.phase == "generate" and model.can_generate():
+        if request.phase == "generate" and request.new_tokens and model.can_generate():
             cache = generate(run, model, given, request)
         else:
             run.timeline.mark(request.phase or "")
@@ -43,7 +43,7 @@ def generate(run: Run, model: Any, given: dict[str, Any], request: Request) -> A
 
     Of many new tokens the first and the last are run; in between the cache grows at once.
     """
-    new = request.new_tokens or 1
+    new = request.new_tokens or 0
     given.pop("decoder_input_ids", None)
     ids: Any = given.get("input_ids")
     if ids is not None:  # and what is said of each token
@@ -93,15 +93,24 @@ def forward_count(run: Run, model: Any, new: int) -> None:
 
 
 def once(model: Any, given: dict[str, Any], request: Request) -> Any:
-    """One forward pass: a prefill keeps its cache and the last token's logits, `encode` gives logits of every token."""
+    """One forward pass: a prefill keeps its cache and the last token's logits, `encode` gives logits of every token.
+
+    Of an encoder and a decoder, `encode` is the encoder's; in a prefill the decoder has one token.
+    """
+    if model.config.is_encoder_decoder and model.can_generate():
+        if request.phase == "encode":
+            model.get_encoder()(**given)
+            return None
+        shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
+        given = empty(model, decoding(model, shapes)) | given
     takes = inspect.signature(model.forward).parameters
     options: dict[str, Any] = {}
-    if request.phase == "prefill":
+    if request.phase != "encode":
         options["use_cache"] = True
         if "logits_to_keep" in takes:
             options["logits_to_keep"] = 1
     out = model(**given, **options)
-    if request.phase != "prefill":
+    if request.phase == "encode":
         return None
     return cache_of(out)
 
