@@ -194,6 +194,24 @@ def test_a_trainers_loop_around_a_module_of_ones_own(again: str) -> None:
     assert 16 * 4 * 256 * 256 * 2 not in run.timeline.sizes
 
 
+def test_transformers_trainer_runs_in_it(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 256}
+    data = [{"input_ids": [1] * 64, "labels": [1] * 64}] * 16
+    with hfvram.dry_run() as run:
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=4))
+        arguments = transformers.TrainingArguments(
+            str(tmp_path), max_steps=2, gradient_accumulation_steps=2, bf16=True, report_to=[], save_strategy="no"
+        )
+        transformers.Trainer(model, arguments, train_dataset=data).train()
+    parameters = 2 * 256 * 64 + 2 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64
+    assert run.by_category()["weights"] == 4 * parameters
+    states = {t.what: t for t in run.at_peak(1000) if t.what.startswith("optimizer states")}
+    assert {"optimizer states: exp_avg", "optimizer states: exp_avg_sq"} <= set(states)
+    assert [name for _, name in run.timeline.marks].count("backward") == 4
+
+
 def test_checkpointing_saves() -> None:
     plain, again = (loop(how).by_category()["activations"] for how in ("", "not reentrant"))
     assert again < 0.6 * plain
