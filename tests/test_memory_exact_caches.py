@@ -5,14 +5,14 @@ from typing import Any
 import pytest
 
 from hfvram.errors import HfvramError
-from hfvram.memory.allocator import replay
+from hfvram.memory.allocator import GRAPHS, PREFETCH, replay
 from hfvram.memory.timeline import Timeline
 from hfvram.request import Request
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from hfvram.memory.exact.caches import PREFETCH, QuantoLayer  # noqa: E402
+from hfvram.memory.exact.caches import QuantoLayer  # noqa: E402
 from hfvram.memory.exact.simulate import simulate  # noqa: E402
 from hfvram.memory.exact.tracker import Tracker  # noqa: E402
 from hfvram.memory.timeline import Standing  # noqa: E402
@@ -117,3 +117,21 @@ def test_groups_that_do_not_divide_are_refused() -> None:
     layer = QuantoLayer()
     with pytest.raises(ValueError, match="not divisible"):
         layer._quantize(torch.empty((1, 1, 1, 80), device="meta"), 0)
+
+
+def test_a_static_cache_decodes_in_the_pool_of_cuda_graphs() -> None:
+    """The repeated keys and values of one step do not come from what the prefill freed."""
+    t = run("static")
+    assert set(t.streams.values()) == {GRAPHS}
+    decode = next(at for at, phase in t.marks if phase == "decode")
+    first = len([e for e in t.events[:decode] if e >= 0])
+    assert all(t.sizes[h] < 1 << 20 for h in t.streams if h < first)  # the first token is chosen within the loop
+    assert all(h in t.streams for h in range(first, len(t.sizes)) if t.sizes[h] >= 1 << 20)
+    apart = replay(t).reserved_bytes
+    t.streams.clear()
+    assert apart - replay(t).reserved_bytes >= 2 * 2 * 4095 * ROW - (20 << 20)
+
+
+def test_bitsandbytes_does_not_compile() -> None:
+    options: dict[str, Any] = {"phase": "generate", "dtype": "bf16", "quant": "nf4", "cache": "static"}
+    assert not simulate(LLAMA, None, Request(ctx=64, new_tokens=4, **options)).streams

@@ -26,6 +26,8 @@ SMALL_SEGMENT = 2 << 20
 LARGE_SEGMENT = 20 << 20
 LARGE = 10 << 20
 ROUND_SEGMENT = 2 << 20
+PREFETCH, GRAPHS = 100, 101
+"""Streams beside those of sharded training: an offloaded cache's, and one for the pool that CUDA graphs have."""
 ALIGNED = 32 << 20
 """Segments of this size and more lie at its multiples."""
 

@@ -7,6 +7,7 @@ kind of layer is held against the model's own code on the meta device.
 
 from dataclasses import replace
 
+from hfvram.memory.allocator import GRAPHS
 from hfvram.memory.attention import implementation, needs_mask, stored_tokens
 from hfvram.memory.blocks import HIDDEN, normalize
 from hfvram.memory.compressed import window
@@ -40,8 +41,11 @@ def generate(t: Timeline, architecture: Architecture, f: Forward, new_tokens: in
         forward(t, architecture, replace(f, tokens=prompt + steps), caches)
         return
     t.mark("decode")
+    first = len(t.sizes)
     for step in sorted(step for step in {1, steps} if 1 <= step <= steps):
         forward(t, architecture, replace(f, tokens=1, past=prompt + step - 1), caches)
+    if f.static_length and f.quant not in ("nf4", "fp4", "int8"):  # compiled: CUDA graphs have a pool of their own
+        t.streams.update(dict.fromkeys(range(first, len(t.sizes)), GRAPHS))
     _count_cache(t, caches)
 
 

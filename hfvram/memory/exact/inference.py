@@ -28,7 +28,7 @@ def infer(run: Run, model: Any, request: Request) -> None:
     run.tracker.unpadded = not request.padding
     given = inputs(run, model, request)
     hook = model.register_forward_hook(lambda _, args, out: note_cache(run, cache_of(out)))
-    with run.on_cuda(model), caches(run, request.cache), legible(), torch.no_grad():
+    with run.on_cuda(model), caches(run, request), legible(), torch.no_grad():
         if request.phase == "generate" and request.new_tokens and model.can_generate():
             cache = generate(run, model, given, request)
         else:
