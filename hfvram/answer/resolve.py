@@ -1,7 +1,7 @@
 """What a request leaves open, decided by the model: context, phase, dtypes; what goes against it, and what was never
 measured, is told."""
 
-from hfvram.answer.supported import ON_LOADING, SIMULATED_CACHES
+from hfvram.answer.supported import ON_LOADING, SIMULATED_CACHES, SIMULATED_QUANTS
 from hfvram.errors import HfvramError
 from hfvram.memory.attention import implementation
 from hfvram.memory.forward import Forward
@@ -39,9 +39,11 @@ def resolve(architecture: Architecture, request: Request) -> tuple[Request, list
     own = architecture.quantization or "none"
     if own != "none" and request.quant not in ("auto", "none", own):
         raise HfvramError("usage", f"--quant {request.quant}: the checkpoint is {own} already, valid are auto and none")
-    if request.quant not in ("auto", "none", own, *ON_LOADING):
+    loading = (*ON_LOADING, *SIMULATED_QUANTS) if request.method == "simulate" else ON_LOADING
+    if request.quant not in ("auto", "none", own, *loading):
         valid = ", ".join(("none", *ON_LOADING))
-        raise HfvramError("usage", f"--quant {request.quant} is not supported yet: this version answers {valid}")
+        more = f", and {', '.join(SIMULATED_QUANTS)} with --method simulate"
+        raise HfvramError("usage", f"--quant {request.quant} is not supported yet: this version answers {valid}{more}")
     if request.kv_dtype not in ("auto", dtype):
         why = f"this version keeps the cache in the computing dtype, here {dtype}"
         raise HfvramError("usage", f"--kv-dtype {request.kv_dtype} is not supported yet: {why}")
@@ -53,7 +55,7 @@ def resolve(architecture: Architecture, request: Request) -> tuple[Request, list
     if request.expandable_segments:
         warnings.append("expandable segments as PyTorch's source has them, not measured")
     if (gpus := _gpus(request)) > 1:
-        warnings.append(f"per GPU: the first of {gpus}, which holds the most; NCCL's own memory is not counted")
+        warnings += _several(request, gpus)
     attention = _attention(architecture, request)
     if attention != request.attention:
         warnings.append(
@@ -93,6 +95,21 @@ def _gpus(request: Request) -> int:
             f"--gpus {gpus} is not divisible by the {model} that hold the model: valid are {model}, {2 * model}, …",
         )
     return gpus
+
+
+def _several(request: Request, gpus: int) -> list[str]:
+    """What is assumed of several GPUs."""
+    said = [f"per GPU: the first of {gpus}, which holds the most; NCCL's own memory is not counted"]
+    if request.fsdp == "hybrid_shard":
+        said.append("hybrid_shard shards within nodes of 8 GPUs and replicates over nodes")
+    if request.sp and request.mode != "inference":
+        said.append(
+            "--sp as PyTorch's DTensor runs it: what attention and MLP gather stays for the backward pass, "
+            "where Megatron-LM gathers again"
+        )
+    if request.fsdp and (request.mode == "qlora" or request.quant in ("nf4", "fp4")):
+        said.append("4-bit weights packed into the computing dtype, so that FSDP shards them: not measured")
+    return said
 
 
 def _quantized(method: str) -> str:
