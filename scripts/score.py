@@ -3,7 +3,7 @@
 
     python scripts/score.py [--method formula] [--mode inference] [--only TEXT] [--worst 10]
                             [--require "peak_allocated:median=1,p95=4,max=10"] [--require exact]
-                            [--accuracy hfvram/answer/accuracy.json]
+                            [--markdown] [--accuracy hfvram/answer/accuracy.json]
 
 Each case of fixtures/measured/h100.jsonl goes through `hfvram batch` as one request. The signed error is predicted
 over measured, less one; a refusal counts as 100 % off. Device memory that was read after some had been given back
@@ -91,6 +91,20 @@ def summary(values: Collection[float]) -> dict[str, float]:
     return {"median": statistics.median(ordered), "p95": ordered[round(0.95 * (len(ordered) - 1))], "max": ordered[-1]}
 
 
+def markdown(cases: list[Case], said: dict[str, Any]) -> str:
+    """The errors by group, as README shows them."""
+    lines = ["| | cases | allocated: median | 95 % | max | reserved: median | 95 % | device: median | 95 % |"]
+    lines += ["| --- |" + " ---: |" * 8]
+    for name in (*sorted({group(case) for case in cases}), "all"):
+        off = [errors(case, said[case["id"]]) for case in cases if name in ("all", group(case))]
+        cells = [str(len(off))]
+        for figure in FIGURES:
+            found = summary([o[figure] for o in off if figure in o])
+            cells += [f"{found[k]:.2f}" for k in ("median", "p95", "max")[: 3 if figure == "peak_allocated" else 2]]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--truth", type=Path, default=TRUTH)
@@ -99,6 +113,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="cases with this text in their id or group")
     parser.add_argument("--worst", type=int, default=10)
     parser.add_argument("--require", action="append", default=[])
+    parser.add_argument("--markdown", action="store_true", help="print README's table as well")
     parser.add_argument("--accuracy", type=Path, help="put the device errors by group into this file (accuracy.json)")
     parser.add_argument("--hfvram", default=str(Path(sys.executable).with_name("hfvram")), help="the command to score")
     options = parser.parse_args()
@@ -138,6 +153,8 @@ def main() -> int:
     for line in not_exact[: options.worst]:
         print(f"not exact: {line}")
 
+    if options.markdown:
+        print(f"\n{markdown(cases, said)}")
     if options.accuracy:
         table = {
             name: {"cases": len(off), "low": round(min(off) / 100, 4), "high": round(max(off) / 100, 4)}

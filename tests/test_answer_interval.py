@@ -73,6 +73,20 @@ def test_errors_turned_round() -> None:
         assert f"{errors['cases']} measured cases" in found.basis
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cache": "offloaded"},
+        {"attention": "flash_attention_2"},
+        {"expandable_segments": True},
+        {"compute_capability": "8.9"},
+    ],
+)
+def test_settings_that_were_never_measured_say_so(options: dict[str, Any]) -> None:
+    found = interval(infer(CONFIGS[LLAMA]), Request.from_dict({"quant": "none"} | options), 10**10)
+    assert "no measured case" in found.basis
+
+
 def test_what_was_never_measured_says_so() -> None:
     fp8 = infer({**CONFIGS[LLAMA], "quantization_config": {"quant_method": "fp8"}})
     found = interval(fp8, Request(quant="fp8"), 10**10)

@@ -127,22 +127,11 @@ def test_how_right_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     every = map(json.loads, score.TRUTH.read_text().splitlines())
     cases = [case for case in every if case["request"]["mode"] == "inference"]
     said = score.answers(cases, "formula", [str(Path(sys.executable).with_name("hfvram"))])
-    names = sorted({score.group(case) for case in cases})
-    table = ["| | cases | allocated: median | 95 % | max | reserved: median | 95 % | device: median | 95 % |"]
-    table += ["| --- |" + " ---: |" * 8]
-    for name in (*names, "all"):
-        group = [case for case in cases if name in ("all", score.group(case))]
-        off = [score.errors(case, said[case["id"]]) for case in group]
-        cells = [str(len(group))]
-        for figure in score.FIGURES:
-            found = score.summary([o[figure] for o in off if figure in o])
-            cells += [f"{found[k]:.2f}" for k in ("median", "p95", "max")[: 3 if figure == "peak_allocated" else 2]]
-        table.append(f"| {name.removeprefix('inference-')} | " + " | ".join(cells) + " |")
     text = README.read_text()
     shown = re.search(r"^\| \| cases.*?(?=\n\n)", text, re.MULTILINE | re.DOTALL)
     count = re.search(r"in (\d+)\ninference cases", text)
     assert shown
     assert count
-    hold(shown[0], "\n".join(table))
+    hold(shown[0], score.markdown(cases, said))
     hold(count[0], f"in {len(cases)}\ninference cases")
     assert not [what for case in cases for what in score.inexact(case, said[case["id"]])]

@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 
 from hfvram.answer.estimate import Interval
+from hfvram.memory.generation import MEASURED
 from hfvram.model.architecture import Architecture
 from hfvram.model.layers import Attention, LatentAttention
 from hfvram.request import Request
@@ -32,6 +33,10 @@ def group(architecture: Architecture, request: Request) -> str:
     """The group of measured cases that a question belongs to, as `scripts/score.py` names them."""
     if not architecture.layer_kinds:
         return "layers of unknown kinds"
+    if request.cache in ("offloaded", "quantized") or request.attention == "flash_attention_2":
+        return f"{request.mode} with {request.cache} cache and {request.attention}"
+    if request.expandable_segments or request.compute_capability not in (None, MEASURED):
+        return f"{request.mode} with another allocator or GPU"
     if request.fsdp or request.tp > 1 or ((request.gpus or 1) > 1 and request.mode != "inference"):
         return "fsdp" if request.fsdp and request.tp == 1 else f"{request.mode} on {request.gpus} GPUs"
     if request.mode in ("lora", "qlora"):
