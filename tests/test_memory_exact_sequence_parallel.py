@@ -140,4 +140,5 @@ def test_the_road(tmp_path: Path) -> None:
     options = {"mode": "train", "method": "simulate", "dtype": "bf16", "ctx": TOKENS, "tp": 2}
     whole, split = (estimate(str(tmp_path), **options, sp=sp) for sp in (False, True))
     assert split.peak_allocated_bytes < whole.peak_allocated_bytes
+    assert any("Megatron-LM gathers again" in warning for warning in split.warnings)
     assert sum(item.bytes for item in split.items) == split.peak_allocated_bytes

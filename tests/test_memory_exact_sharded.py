@@ -309,6 +309,9 @@ def test_the_road_with_several_gpus(tmp_path: Path) -> None:
     found = estimate(str(tmp_path), mode="train", method="simulate", gpus=4, fsdp="full_shard", dtype="bf16")
     assert (found.method, found.request.gpus) == ("simulate", 4)
     assert any("the first of 4" in warning for warning in found.warnings)
+    hybrid = estimate(str(tmp_path), mode="qlora", method="simulate", gpus=16, fsdp="hybrid_shard", dtype="bf16")
+    assert any("nodes of 8 GPUs" in warning for warning in hybrid.warnings)
+    assert any("4-bit weights packed" in warning for warning in hybrid.warnings)
     assert sum(item.bytes for item in found.items) == found.peak_allocated_bytes
     with pytest.raises(HfvramError, match="--gpus 6 is not divisible"):
         estimate(str(tmp_path), method="simulate", gpus=6, tp=4)
