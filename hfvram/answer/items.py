@@ -49,13 +49,15 @@ def in_numbers(tag: Tag, total: int, count: int, symbols: dict[str, int]) -> str
     >>> in_numbers(tag, 3 * 1 * 8184 * 14336 * 2, 3, {"b": 1, "s": 8184, "f": 14336, "e": 2})
     '3 × b·s·f·e = 3 × 1·8,184·14,336·2'
     """
+    if not tag.formula:
+        return f"{count:,} tensors" if count > 1 else ""
     times = f"{count} × " if count > 1 else ""
     parts = tag.formula.split("·")
     values = [int(p) if p.isdigit() else symbols.get(p, 0) for p in parts]
     product = max(count, 1)
     for value in values:
         product *= value
-    if not tag.formula or product != total:
+    if product != total:
         return f"{times}{tag.formula}"
     return f"{times}{tag.formula} = {times}{'·'.join(f'{v:,}' for v in values)}"
 
