@@ -46,6 +46,34 @@ def test_totals_are_of_the_whole(tmp_path: Path) -> None:
     assert (e.method, e.peak_phase in ("prefill", "decode")) == ("formula", True)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"method": "simulate"}, {"mode": "train"}], ids=str)
+def test_what_padding_would_add_is_told_of_a_batch_alone(tmp_path: Path, options: dict[str, Any]) -> None:
+    pytest.importorskip("transformers")
+    name = folder(tmp_path, LLAMA)
+    told = [
+        [w for w in hfvram.estimate(name, ctx=512, **more, **options).warnings if "padding mask" in w]
+        for more in ({"batch": 2}, {"batch": 1}, {"batch": 2, "padding": True})
+    ]
+    assert [len(warnings) for warnings in told] == [1, 0, 0]
+    assert ("about" if options.get("method") else "up to") in told[0][0]
+
+
+@pytest.mark.slow
+def test_the_generation_of_the_named_gpu_runs_in_both_engines(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    name = folder(tmp_path, LLAMA)
+    for method in ("formula", "simulate"):
+        hopper, ada = (hfvram.estimate(name, ctx=512, gpu=gpu, method=method) for gpu in ("H100", "RTX 4090"))
+        assert (hopper.request.compute_capability, ada.request.compute_capability) == (None, "8.9")
+        assert hopper.peak_allocated_bytes - ada.peak_allocated_bytes > 20 << 20  # cuBLAS's workspace
+        assert any("Ada" in w and "not measured" in w for w in ada.warnings)
+        assert not any("not measured" in w for w in hopper.warnings)
+        assert {i.certainty for i in ada.items if i.category in ("activations", "workspace")} == {"derived"}
+        assert ada.fit
+        assert ada.fit.headroom_bytes == ada.fit.capacity_bytes - ada.device_bytes
+
+
 def test_a_session_reads_a_model_once(tmp_path: Path) -> None:
     session, name = Session(), folder(tmp_path, LLAMA)
     first = session.estimate(name, Request(ctx=64))

@@ -229,18 +229,25 @@ def _estimate(
 def _assumptions(model: Model, found: Estimate) -> list[str]:
     """What the same request takes where an assumption that people can't see does not hold."""
     request = found.request
-    if model.components or request.method != "formula":
+    if model.components or request.method == "guide" or not model.architecture.layer_kinds:
         return []
+    inference, simulated = request.mode == "inference", request.method == "simulate"
 
     def added(**changes: str | bool) -> int:
-        """Live bytes at the peak that the changed request has more, without the allocator's part."""
+        """Live bytes at the peak that the changed request has more by formula, without the allocator's part."""
         other = timeline(model.architecture, request.with_(**changes)).fullest_bytes()
+        if simulated:
+            return other - timeline(model.architecture, request).fullest_bytes()
         return other - sum(i.bytes for i in found.items if i.category != "rounding")
 
     said = []
     if request.batch > 1 and not request.padding and (more := mask_bytes(model.architecture, request)):
-        said.append(f"sequences of unequal length would add up to {gib(more)} for their padding mask (--padding)")
-    if any(isinstance(m, (Mamba1, Mamba2)) for layer in model.architecture.text.layers for m in layer.mixers):
+        words = f"up to {gib(more)}"
+        if inference and simulated:
+            words = f"about {gib(max(added(padding=True), 0))}"
+        said.append(f"sequences of unequal length would add {words} for their padding mask (--padding)")
+    mixers = [m for layer in model.architecture.text.layers for m in layer.mixers]
+    if inference and any(isinstance(m, (Mamba1, Mamba2)) for m in mixers):
         other, words = ("fallback", "without") if request.kernels == "fused" else ("fused", "with")
         total = gib(found.device_bytes + added(kernels=other))
         said.append(f"{words} the mamba-ssm and causal-conv1d kernels it takes about {total} (--kernels {other})")

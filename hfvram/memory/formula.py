@@ -6,22 +6,27 @@ from hfvram.memory.generation import generation
 from hfvram.memory.timeline import Timeline
 from hfvram.memory.weights import standing
 from hfvram.model.architecture import Architecture
+from hfvram.model.layers import Attention
 from hfvram.request import Request
 
 
 def mask_bytes(architecture: Architecture, request: Request) -> int:
-    """The most that a padding mask adds to a prefill with SDPA: b·s·s booleans, the same as a bias (rows padded to a
-    multiple of 8) in one layer at a time, and its keys and values repeated for every head. `--padding` is exact.
+    """The most that a padding mask adds with SDPA: b·s·s booleans, and in a layer the same as a bias (rows padded to a
+    multiple of 8) and its keys and values repeated for every head. A prefill holds that of one layer at a time;
+    training keeps that of each for its backward, unless it computes them again. `--padding` is exact.
 
     Source: transformers 5.17, integrations/sdpa_attention.py; measured (fixtures/measured, cases with padding).
     """
     part = architecture.attention
-    if part is None or request.phase != "generate" or request.attention != "sdpa":
+    training = request.mode != "inference"
+    if part is None or request.attention != "sdpa" or not (training or request.phase == "generate"):
         return 0
     tokens = (request.ctx or 1) - (request.new_tokens or 0)
     e, square = ELEMENT_BYTES[request.dtype], request.batch * tokens
-    repeated = 0 if part.heads == part.kv_heads else part.heads * (part.head_dim + part.value_dim) * square * e
-    return square * tokens + square * -(-tokens // 8) * 8 * e + repeated
+    heads = part.heads - part.kv_heads if training or part.heads == part.kv_heads else part.heads
+    layer = square * -(-tokens // 8) * 8 * e + heads * (part.head_dim + part.value_dim) * square * e
+    attending = [m for x in architecture.text.layers for m in x.mixers if isinstance(m, Attention)]
+    return square * tokens + layer * (len(attending) if training and not request.gradient_checkpointing else 1)
 
 
 def timeline(architecture: Architecture, request: Request) -> Timeline:

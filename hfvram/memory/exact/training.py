@@ -22,6 +22,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def train(run: Run, model: Any, request: Request) -> None:
     """Train a built model for two steps. The peaks start anew before the first."""
     given = inputs(run, model, request)
+    if request.padding and "input_ids" in given:
+        given["attention_mask"] = padding_mask(run, given["input_ids"])
     model.train()
     if request.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -41,6 +43,16 @@ def train(run: Run, model: Any, request: Request) -> None:
     parameters = [p for p in trained.parameters() if p.requires_grad]
     with run.on_cuda(model), run.autocast.stands_in(), legible():
         steps(run, trained, given, parameters, request)
+
+
+def padding_mask(run: Run, ids: Any) -> Any:
+    """The mask of sequences that are not all of one length; without one, attention needs none."""
+    run.tracker.unpadded = False
+    run.tracker.category = "inputs"
+    with run.tracker:
+        mask = torch.ones_like(ids)
+    run.tracker.category = "activations"
+    return mask
 
 
 def steps(run: Run, model: Any, given: dict[str, Any], parameters: list[Any], request: Request) -> None:
