@@ -83,4 +83,4 @@ def varlen(
     deterministic: bool = False,
 ) -> Any:
     """Sequences one behind the other: (tokens, heads, d) in and out."""
-    return fixed(*(x.unsqueeze(0) for x in (q, k, v)), dropout_p)[0]
+    return fixed(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), dropout_p)[0]
