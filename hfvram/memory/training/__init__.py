@@ -1,0 +1,22 @@
+"""Training by formula: a tape without values, on which layers are written as transformers writes them.
+
+- `tensors`: a `Tensor` has shape, strides, dtype and a `Storage`; a storage is freed when Python forgets it, so that
+  `del`, rebinding a name and leaving a function free memory exactly where the real code does.
+- `tape`: `Tape.new` allocates; `record` and `keep` leave a node with what it saves; `backward` runs the graph as
+  PyTorch's engine does; `checkpoint` runs a stretch that is computed again.
+- `operators`, `scaled_dot_product`: PyTorch's operators, each with its gradient.
+- `blocks`, `attention`, `feed_forward`, `decoder`: layers and models, in the words of their code.
+- `states`, `step`: parameters as leaves, clipping, optimizers. `stretch`: repeated layers are written five times.
+- `train`: two steps; `timeline(architecture, request)` is the entrance.
+
+A new kind of layer is a function `(t: Tape, part, w: Weights, x: Tensor, around: Surroundings) -> Tensor` that reads
+like its `forward`: weights come from `w` in the order in which the code calls them (`w.linear(t, x, tag)`, `w.take()`),
+every tensor has a `Tag` with its formula, names are bound and dropped as in the original. Call it in
+`decoder.run_layer`. A new operator is a function in `operators` that records a node *before* it allocates (a checkpoint
+stops there), saves only what a gradient needs, and whose gradient returns one entry for each input. Then compare with
+the exact engine event by event (`tests/test_memory_training_train.py` does), on a model of a few layers, with and
+without checkpointing, in fp32 and bf16. What has no formula raises `blocks.unknown`: never a guess.
+
+Symbols: b sequences of s tokens, h hidden size, a heads of d, a_kv KV heads, f feed-forward width, V vocabulary,
+e bytes.
+"""

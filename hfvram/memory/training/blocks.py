@@ -1,0 +1,74 @@
+"""The small pieces of a layer with gradients, as transformers writes them: norms, rotary positions, activations.
+
+Source: transformers 5.17, models/llama/modeling_llama.py, models/gemma/modeling_gemma.py, activations.py.
+"""
+
+from typing import Final, Literal
+
+from hfvram.errors import HfvramError, printable
+from hfvram.memory.timeline import Tag
+from hfvram.memory.training import operators as op
+from hfvram.memory.training.tape import Tape
+from hfvram.memory.training.tensors import Tensor
+
+LLAMA: Final = "transformers 5.17: modeling_llama.py"
+ACTIVATIONS: Final = "transformers 5.17: activations.py"
+HIDDEN = Tag("hidden states", "activations", "b·s·h·e", "transformers 5.17: residual stream of a decoder layer")
+NORM = Tag("normalization in fp32", "activations", "b·s·h·4", "transformers 5.17: LlamaRMSNorm.forward")
+NORMED = Tag("normalization, output", "activations", "b·s·h·e", "transformers 5.17: LlamaRMSNorm.forward")
+VARIANCE = Tag("normalization, deviation", "activations", "b·s·4", "transformers 5.17: LlamaRMSNorm.forward")
+ROTARY = Tag("rotary embedding, temporaries", "activations", "b·s·a·d·e", "transformers 5.17: apply_rotary_pos_emb")
+ACTIVATION = Tag("feed-forward, activation function", "activations", "b·s·f·e", ACTIVATIONS)
+
+NormKind = Literal["rms", "layer"]
+
+
+def rms_norm(t: Tape, x: Tensor, weight: Tensor | None) -> Tensor:
+    """In fp32 and back, then weighted: the cast input, the deviation and the cast result are kept."""
+    dtype = x.dtype
+    x = op.to(t, x, "fp32", NORM)
+    variance = op.mean(t, op.power(t, x, NORM), VARIANCE)
+    x = op.mul(t, x, op.rsqrt(t, op.shift(t, variance, VARIANCE), VARIANCE), NORM)
+    if weight is None:
+        return op.to(t, x, dtype, NORMED)
+    return op.mul(t, weight, op.to(t, x, dtype, NORMED), NORMED)
+
+
+def normalize(t: Tape, x: Tensor, weights: tuple[Tensor, ...], kind: NormKind) -> Tensor:
+    """The norm of a layer: its weight and, for LayerNorm, its bias."""
+    if kind == "layer":
+        return op.layer_norm(t, x, weights[0], weights[1] if len(weights) > 1 else None, NORMED)
+    return rms_norm(t, x, weights[0] if weights else None)
+
+
+def rotate_half(t: Tape, x: Tensor) -> Tensor:
+    """(−x₂, x₁) of the halves of the last dimension."""
+    size = x.shape[-1]
+    x1 = op.narrow(t, x, 3, size // 2)
+    x2 = op.narrow(t, x, 3, size - size // 2)
+    return op.cat(t, (op.negative(t, x2, ROTARY), x1), -1, ROTARY)
+
+
+def rotate(t: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys of (b, heads, s, d), rotated."""
+    q_embed = op.add(t, op.mul(t, q, cos, ROTARY), op.mul(t, rotate_half(t, q), sin, ROTARY), ROTARY)
+    k_embed = op.add(t, op.mul(t, k, cos, ROTARY), op.mul(t, rotate_half(t, k), sin, ROTARY), ROTARY)
+    return q_embed, k_embed
+
+
+OF_INPUT: Final = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "mish", "gelu_10")
+OF_OUTPUT: Final = ("relu", "tanh", "sigmoid")
+
+
+def activate(t: Tape, x: Tensor, name: str) -> Tensor:
+    """An activation function; those written in Python keep more than one kernel would."""
+    if name in OF_INPUT:
+        return op.of_input(t, x, ACTIVATION)
+    if name in OF_OUTPUT:
+        return op.of_output(t, x, ACTIVATION)
+    raise unknown(f"activation {printable(name, 40)}")
+
+
+def unknown(what: str) -> HfvramError:
+    """The error for what has no formula yet."""
+    return HfvramError("usage", f"{what} has no formula for training yet: --method simulate runs the model's own code")

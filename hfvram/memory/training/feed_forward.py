@@ -1,0 +1,32 @@
+"""Dense feed-forward with gradients, as transformers computes it.
+
+Source: transformers 5.17, models/llama/modeling_llama.py `LlamaMLP.forward`, models/phi3/modeling_phi3.py.
+"""
+
+from hfvram.memory.timeline import Tag
+from hfvram.memory.training import operators as op
+from hfvram.memory.training.blocks import activate, unknown
+from hfvram.memory.training.states import Weights
+from hfvram.memory.training.tape import Tape
+from hfvram.memory.training.tensors import Tensor
+from hfvram.model.layers import FeedForward
+
+MLP = "transformers 5.17: LlamaMLP.forward"
+WIDE = Tag("feed-forward, gate and up", "activations", "b·s·f·e", MLP)
+PRODUCT = Tag("feed-forward, product", "activations", "b·s·f·e", MLP)
+DOWN = Tag("feed-forward, output", "activations", "b·s·h·e", MLP)
+
+
+def feed_forward(t: Tape, part: FeedForward, w: Weights, x: Tensor) -> Tensor:
+    """down(act(gate(x)) · up(x)), or down(act(up(x)))."""
+    if part.gated and part.fused_gate_up:
+        raise unknown("a fused gate")
+    if part.gated:
+        return _gated(t, part, w, x)
+    return w.linear(t, activate(t, w.linear(t, x, WIDE), part.activation), DOWN)
+
+
+def _gated(t: Tape, part: FeedForward, w: Weights, x: Tensor) -> Tensor:
+    return w.linear(
+        t, op.mul(t, activate(t, w.linear(t, x, WIDE), part.activation), w.linear(t, x, WIDE), PRODUCT), DOWN
+    )

@@ -1,0 +1,474 @@
+"""PyTorch's operators over tensors without values: what each allocates, what it saves, and what its gradient makes.
+
+A gradient makes those of its inputs in the order of PyTorch's generated code, by the names of the arguments.
+Source: PyTorch 2.11, tools/autograd/derivatives.yaml, torch/csrc/autograd/FunctionsManual.cpp; aten/src/ATen/native/
+LinearAlgebra.cpp (`matmul`), Linear.cpp, SoftMax.cpp, cuda/{SoftMax,Embedding,Dropout}.cu; checked event by event
+against the model's own code on the meta device.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from math import prod
+
+from hfvram.memory.timeline import Tag
+from hfvram.memory.training.tape import Node, Saved, Tape, promoted
+from hfvram.memory.training.tensors import Shape, Storage, Tensor, contiguous, is_contiguous, preserved, viewed
+
+Grads = list[Tensor | None]
+Found = Sequence[Tensor | None]
+SCALAR = Tensor(Storage(), (), (), "fp32")
+"""A number: saved as any tensor, but not on the device."""
+
+
+def attach(out: Tensor, node: Node | None, index: int = 0) -> Tensor:
+    """The output of a node."""
+    out.node, out.index = node, index
+    return out
+
+
+def first(grads: Grads) -> Tensor:
+    """The gradient of an operator's only output."""
+    grad = grads[0]
+    assert grad is not None
+    return grad
+
+
+# -- views -----------------------------------------------------------------------------------------------------------
+
+
+def transpose(t: Tape, x: Tensor, a: int, b: int) -> Tensor:
+    """Swap two dimensions."""
+    order = list(range(len(x.shape)))
+    order[a], order[b] = order[b], order[a]
+    return permute(t, x, *order)
+
+
+def permute(t: Tape, x: Tensor, *order: int) -> Tensor:
+    """Reorder dimensions."""
+    node = t.record(partial(_permuted, order), (x,))
+    return attach(_permute(x, order), node)
+
+
+def _permute(x: Tensor, order: Sequence[int]) -> Tensor:
+    return x.as_(tuple([x.shape[i] for i in order]), tuple([x.strides[i] for i in order]))
+
+
+def _permuted(order: Shape, t: Tape, saved: Saved, grads: Grads) -> Found:
+    return (_permute(first(grads), [order.index(i) for i in range(len(order))]),)
+
+
+def reshape(t: Tape, x: Tensor, *shape: int) -> Tensor:
+    """Another shape: a view where the strides allow it, else of a copy. One size may be -1."""
+    if -1 in shape:
+        rest = -prod(shape)
+        shape = tuple([x.numel // rest if n == -1 else n for n in shape])
+    strides = viewed(x.shape, x.strides, shape)
+    if strides is None:
+        x = clone(t, x, dense=True)
+        strides = contiguous(shape)
+    node = t.record(partial(_reshaped, x.shape), (x,))
+    return attach(x.as_(shape, strides), node)
+
+
+def _reshaped(shape: Shape, t: Tape, saved: Saved, grads: Grads) -> Found:
+    grad = first(grads)
+    strides = viewed(grad.shape, grad.strides, shape)
+    if strides is None:
+        return (t.new(shape, grad.dtype),)
+    return (grad.as_(shape, strides),)
+
+
+def clone(t: Tape, x: Tensor, dense: bool = False, tag: Tag | None = None) -> Tensor:
+    """A copy, row after row or as its source lies."""
+    node = t.record(_same, (x,))
+    strides = contiguous(x.shape) if dense else preserved(x.shape, x.strides)
+    return attach(t.new(x.shape, x.dtype, strides, tag), node)
+
+
+def dense(t: Tape, x: Tensor, tag: Tag | None = None) -> Tensor:
+    """`contiguous()`: itself where it lies row after row, else a copy."""
+    return x if is_contiguous(x.shape, x.strides) else clone(t, x, True, tag)
+
+
+def _same(t: Tape, saved: Saved, grads: Grads) -> Found:
+    return (grads[0],)
+
+
+def expand(t: Tape, x: Tensor, *shape: int) -> Tensor:
+    """Repeat dimensions of one element without copying them; new ones may come first."""
+    new = len(shape) - len(x.shape)
+    sizes = tuple([x.shape[i - new] if n == -1 else n for i, n in enumerate(shape)])
+    strides = (0,) * new + tuple([0 if n != sizes[new + i] else x.strides[i] for i, n in enumerate(x.shape)])
+    node = t.record(partial(_expanded, x.shape), (x,))
+    return attach(x.as_(sizes, strides), node)
+
+
+def _expanded(shape: Shape, t: Tape, saved: Saved, grads: Grads) -> Found:
+    grad = first(grads)
+    return (grad if grad.shape == shape else t.sum_to(grad, shape),)
+
+
+def narrow(t: Tape, x: Tensor, dim: int, size: int) -> Tensor:
+    """A slice of `size` along a dimension; its gradient is as large as the whole."""
+    node = t.record(partial(_narrowed, x.shape), (x,))
+    shape = list(x.shape)
+    shape[dim] = size
+    return attach(x.as_(tuple(shape), x.strides), node)
+
+
+def _narrowed(shape: Shape, t: Tape, saved: Saved, grads: Grads) -> Found:
+    return (t.new(shape, first(grads).dtype),)
+
+
+def split(t: Tape, x: Tensor, dim: int, *sizes: int) -> list[Tensor]:
+    """Views of consecutive parts; their gradients are joined by a copy, zeros standing for those that never came."""
+    dim %= len(x.shape)
+    node = t.record(partial(_joined, x.shape, dim, sizes), (x,))
+    if node is not None:
+        node.outputs = len(sizes)
+    parts = []
+    for i, size in enumerate(sizes):
+        shape = list(x.shape)
+        shape[dim] = size
+        parts.append(attach(x.as_(tuple(shape), x.strides), node, i))
+    return parts
+
+
+def _joined(shape: Shape, dim: int, sizes: Shape, t: Tape, saved: Saved, grads: Grads) -> Found:
+    dtype = next(g.dtype for g in grads if g is not None)
+    zeros = []
+    for grad, size in zip(grads, sizes, strict=True):
+        if grad is None:
+            zeros.append(t.new((*shape[:dim], size, *shape[dim + 1 :]), dtype))
+    return (t.new(shape, dtype),)
+
+
+def cat(t: Tape, parts: Sequence[Tensor], dim: int, tag: Tag | None = None) -> Tensor:
+    """Join by a copy."""
+    dim %= len(parts[0].shape)
+    sizes = [p.shape[dim] for p in parts]
+    node = t.record(partial(_parted, dim, sizes), parts)
+    shape = list(parts[0].shape)
+    shape[dim] = sum(sizes)
+    return attach(t.new(tuple(shape), promoted(*parts), None, tag), node)
+
+
+def _parted(dim: int, sizes: list[int], t: Tape, saved: Saved, grads: Grads) -> Found:
+    grad = first(grads)
+    return [grad.as_((*grad.shape[:dim], n, *grad.shape[dim + 1 :]), grad.strides) for n in sizes]
+
+
+# -- element by element ----------------------------------------------------------------------------------------------
+
+
+def to(t: Tape, x: Tensor, dtype: str, tag: Tag | None = None) -> Tensor:
+    """Another dtype: itself where it has it."""
+    if x.dtype == dtype:
+        return x
+    node = t.record(partial(_cast, x.dtype), (x,))
+    return attach(t.new(x.shape, dtype, preserved(x.shape, x.strides), tag), node)
+
+
+def _cast(dtype: str, t: Tape, saved: Saved, grads: Grads) -> Found:
+    grad = first(grads)
+    return (grad if grad.dtype == dtype else t.like(grad, dtype),)
+
+
+def add(t: Tape, a: Tensor, b: Tensor, tag: Tag | None = None) -> Tensor:
+    """Sum of two tensors: one gradient serves both."""
+    node = t.record(_added, (a, b))
+    return attach(t.elementwise(a, b, tag=tag), node)
+
+
+def _added(t: Tape, saved: Saved, grads: Grads) -> Found:
+    return grads[0], grads[0]
+
+
+def subtract(t: Tape, a: Tensor, b: Tensor, tag: Tag | None = None) -> Tensor:
+    """Difference of two tensors."""
+    node = t.record(partial(_subtracted, b.node is not None), (a, b))
+    return attach(t.elementwise(a, b, tag=tag), node)
+
+
+def _subtracted(both: bool, t: Tape, saved: Saved, grads: Grads) -> Found:
+    grad = first(grads)
+    return grad, t.like(grad) if both else None
+
+
+def mul(t: Tape, a: Tensor, b: Tensor, tag: Tag | None = None) -> Tensor:
+    """Product of two tensors: each is kept where the other needs a gradient."""
+    node = t.record(_multiplied, (a, b), b if a.node else None, a if b.node else None)
+    return attach(t.elementwise(a, b, tag=tag), node)
+
+
+def _multiplied(t: Tape, saved: Saved, grads: Grads) -> Found:
+    grad, (other, this) = first(grads), saved
+    of_other = None if this is None else t.elementwise(grad, this)
+    return None if other is None else t.elementwise(grad, other), of_other
+
+
+def scale(t: Tape, x: Tensor, tag: Tag | None = None) -> Tensor:
+    """Times a number, or divided by one."""
+    node = t.record(_like, (x,), SCALAR)
+    return attach(t.elementwise(x, tag=tag), node)
+
+
+def _like(t: Tape, saved: Saved, grads: Grads) -> Found:
+    return (t.elementwise(first(grads)),)
+
+
+def negative(t: Tape, x: Tensor, tag: Tag | None = None) -> Tensor:
+    """Minus x."""
+    node = t.record(_like, (x,))
+    return attach(t.elementwise(x, tag=tag), node)
+
+
+def shift(t: Tape, x: Tensor, tag: Tag | None = None) -> Tensor:
+    """Plus a number, or a tensor without a gradient that broadcasts to it."""
+    node = t.record(_same, (x,))
+    return attach(t.elementwise(x, tag=tag), node)
+
+
+def mask(t: Tape, x: Tensor, additive: Tensor, tag: Tag | None = None) -> Tensor:
+    """Plus a mask that needs no gradient."""
+    node = t.record(_same, (x,))
+    return attach(t.elementwise(x, additive, tag=tag), node)
+
+
+def power(t: Tape, x: Tensor, tag: Tag | None = None) -> Tensor:
+    """x to a whole number: the gradient holds a power, its multiple and their product."""
+    node = t.record(_powered, (x,), x)
+    return attach(t.elementwise(x, tag=tag), node)
+
+
+def _powered(t: Tape, saved: Saved, grads: Grads) -> Found:
+    x = saved[0]
+    assert x is not None
+    lower = t.elementwise(x)
+    multiple = t.elementwise(lower)
+    return (t.elementwise(first(grads), multiple),)
+
+
+def mean(t: Tape, x: Tensor, tag: Tag | None = None) -> Tensor:
+    """Mean over the last dimension, which stays with one element."""
+    node = t.record(partial(_spread, x.shape), (x,))
+    return attach(t.new((*x.shape[:-1], 1), x.dtype, None, tag), node)
+
+
+def _spread(shape: Shape, t: Tape, saved: Saved, grads: Grads) -> Found:
+    return (t.new(shape, first(grads).dtype),)
+
+
+def rsqrt(t: Tape, x: Tensor, tag: Tag | None = None) -> Tensor:
+    """One over the square root."""
+    node = t.record(_rsqrt, (x,))
+    out = t.elementwise(x, tag=tag)
+    t.keep(node, out)
+    return attach(out, node)
+
+
+def _rsqrt(t: Tape, saved: Saved, grads: Grads) -> Found:
+    (result,) = saved
+    assert result is not None
+    cube, half = t.elementwise(result), t.elementwise(first(grads))
+    return (t.elementwise(half, cube),)
+
+
+def of_input(t: Tape, x: Tensor, tag: Tag | None = None) -> Tensor:
+    """A function whose gradient needs its input: SiLU, GELU, ReLU's square root…; one kernel each way."""
+    node = t.record(_from_saved, (x,), x)
+    return attach(t.elementwise(x, tag=tag), node)
+
+
+def of_output(t: Tape, x: Tensor, tag: Tag | None = None) -> Tensor:
+    """A function whose gradient needs its output: tanh, sigmoid, ReLU; one kernel each way."""
+    node = t.record(_from_saved, (x,))
+    out = t.elementwise(x, tag=tag)
+    t.keep(node, out)
+    return attach(out, node)
+
+
+def _from_saved(t: Tape, saved: Saved, grads: Grads) -> Found:
+    (x,) = saved
+    assert x is not None
+    return (t.elementwise(first(grads), x),)
+
+
+def dropout(t: Tape, x: Tensor, p: float, tag: Tag | None = None) -> Tensor:
+    """Dropout with one boolean a value, which is kept; nothing where p is 0."""
+    if not p:
+        return x
+    node = t.record(_dropped, (x,))
+    out = t.like(x, tag=tag)
+    kept = t.like(x, "bool")
+    t.keep(node, kept)
+    return attach(out, node)
+
+
+def _dropped(t: Tape, saved: Saved, grads: Grads) -> Found:
+    return (t.elementwise(first(grads)),)
+
+
+def softmax(t: Tape, x: Tensor, dtype: str | None = None, tag: Tag | None = None) -> Tensor:
+    """Softmax over the last dimension, in fp32 if asked, for which CUDA casts bf16 but not fp16 first."""
+    fused = dtype == "fp32" and x.dtype == "fp16" and not t.on_meta
+    if dtype is not None and not fused:
+        x = to(t, x, dtype, tag)
+    node = t.record(partial(_softmax, x.dtype), (x,))
+    out = t.new(x.shape, dtype or x.dtype, None, tag)
+    t.keep(node, out)
+    return attach(out, node)
+
+
+def _softmax(dtype: str, t: Tape, saved: Saved, grads: Grads) -> Found:
+    grad = first(grads)
+    out = t.new(grad.shape, dtype)
+    t.moment(grad.nbytes)
+    return (out,)
+
+
+# -- products --------------------------------------------------------------------------------------------------------
+
+
+def low(t: Tape, x: Tensor) -> Tensor:
+    """What autocast makes of a product's argument: a weight in fp32 is cast once, and kept until autocast ends."""
+    if t.autocast is None or x.dtype == t.autocast:
+        return x
+    if x.node is not None and x.dtype == "fp32" and x.is_leaf:
+        kept = t.casts.get(x.node)
+        if kept is None:
+            kept = t.casts[x.node] = to(t, x, t.autocast)
+        return kept
+    return to(t, x, t.autocast)
+
+
+def wide(t: Tape, x: Tensor) -> Tensor:
+    """What autocast makes of the argument of a function that must be accurate."""
+    return to(t, x, "fp32") if t.autocast is not None and x.dtype == t.autocast else x
+
+
+def linear(t: Tape, x: Tensor, weight: Tensor, bias: Tensor | None = None, tag: Tag | None = None) -> Tensor:
+    """x · weightᵀ + bias over the last dimension. The input is kept for the weight's gradient, the weight for the
+    input's."""
+    bias = None if bias is None else low(t, bias)
+    weight = low(t, weight)
+    x = low(t, x)
+    outputs, inputs = weight.shape
+    shape = x.shape
+    turned = _turned(t, weight) if bias is None else None
+    flat = x if len(shape) == 2 else reshape(t, x, -1, inputs)
+    turned = turned or _turned(t, weight)
+    operands = (flat, turned) if bias is None else (flat, turned, bias)
+    node = t.record(_linear, operands, flat if weight.node else None, weight if flat.node else None)
+    t.multiplies(biased=bias is not None)
+    out = attach(t.new((flat.shape[0], outputs), x.dtype, None, tag), node)
+    return out if len(shape) == 2 else reshape(t, out, *shape[:-1], outputs)
+
+
+def _turned(t: Tape, weight: Tensor) -> Tensor:
+    """The transposed weight: its node decides when the gradient arrives."""
+    return attach(weight.alias(), t.record(_same, (weight,)))
+
+
+def _linear(t: Tape, saved: Saved, grads: Grads) -> Found:
+    grad, (x, weight) = first(grads), saved
+    t.multiplies()
+    return _products(t, grad, x, weight)
+
+
+def _products(t: Tape, grad: Tensor, x: Tensor | None, weight: Tensor | None) -> Found:
+    of_weight = None if x is None else t.new((grad.shape[1], x.shape[1]), grad.dtype)
+    of_input = None if weight is None else t.new((grad.shape[0], weight.shape[1]), grad.dtype)
+    return of_input, of_weight, grad
+
+
+def matmul(t: Tape, a: Tensor, b: Tensor, tag: Tag | None = None) -> Tensor:
+    """A batch of products over the last two dimensions; operands that don't lie matrix after matrix are copied."""
+    b = low(t, b)
+    a = low(t, a)
+    batch = a.shape[:-2]
+    a = reshape(t, a, -1, *a.shape[-2:])
+    b = reshape(t, b, -1, *b.shape[-2:])
+    node = t.record(_batched, (a, b), a if b.node else None, b if a.node else None)
+    t.multiplies()
+    out = attach(t.new((a.shape[0], a.shape[1], b.shape[2]), a.dtype, None, tag), node)
+    return reshape(t, out, *batch, *out.shape[1:])
+
+
+def _batched(t: Tape, saved: Saved, grads: Grads) -> Found:
+    grad, (a, b) = first(grads), saved
+    t.multiplies()
+    of_b = None if a is None else t.new((a.shape[0], a.shape[2], grad.shape[2]), grad.dtype)
+    return None if b is None else t.new((b.shape[0], grad.shape[1], b.shape[1]), grad.dtype), of_b
+
+
+def embedding(t: Tape, ids: Tensor, weight: Tensor, tag: Tag | None = None) -> Tensor:
+    """Rows of a table. Its gradient is as large as the table, and many tokens are sorted for it."""
+    node = t.record(partial(_embedded, weight.shape), (weight,), ids)
+    return attach(t.new((*ids.shape, weight.shape[1]), weight.dtype, None, tag), node)
+
+
+def _embedded(shape: Shape, t: Tape, saved: Saved, grads: Grads) -> Found:
+    (ids,) = saved
+    assert ids is not None
+    out = t.new(shape, first(grads).dtype)
+    if scratch := embedding_scratch_bytes(ids.numel, shape[1], shape[0]):
+        t.moment(*scratch)
+    return (out,)
+
+
+def embedding_scratch_bytes(tokens: int, width: int, rows: int) -> tuple[int, ...]:
+    """An embedding's backward sorts its tokens where they are more than 3,072, and sums runs of ten in fp32.
+
+    Source: PyTorch 2.11, native/cuda/Embedding.cu and EmbeddingBackwardKernel.cu.
+
+    >>> embedding_scratch_bytes(3072, 2048, 32000), embedding_scratch_bytes(4096, 8, 32000)[-1]
+    ((), 144160)
+    """
+    if tokens <= 3072:
+        return ()
+    segments = min(tokens, rows)
+    runs = tokens // 10 + segments
+    return (tokens * 8, tokens * 8, tokens * 8, segments * 8, segments * 8, runs * 8, runs * width * 4)
+
+
+def layer_norm(t: Tape, x: Tensor, weight: Tensor | None, bias: Tensor | None, tag: Tag | None = None) -> Tensor:
+    """Layer normalization as one kernel, which keeps its input, mean and deviation."""
+    x = wide(t, x)
+    given = [p for p in (weight, bias) if p is not None]
+    node = t.record(_layer_normed, (x, *given), x, *given)
+    out = t.new(x.shape, x.dtype, None, tag)
+    sizes = (*x.shape[:-1], 1)
+    kept = t.new(sizes, "fp32", None, tag), t.new(sizes, "fp32", None, tag)
+    t.keep(node, *kept)
+    return attach(out, node)
+
+
+def _layer_normed(t: Tape, saved: Saved, grads: Grads) -> Found:
+    x, *given = saved[:-2]
+    assert x is not None
+    return [t.new(x.shape, x.dtype), *[t.new(p.shape, p.dtype) for p in given if p is not None]]
+
+
+def cross_entropy(t: Tape, scores: Tensor, labels: Tensor, tag: Tag | None = None) -> Tensor:
+    """Mean cross entropy of (rows, classes): log-probabilities are kept, and their gradient stands beside the next."""
+    rows = t.record(partial(_log_softmax, scores.dtype), (scores,))
+    log = t.new(scores.shape, scores.dtype, None, tag)
+    t.keep(rows, log)
+    attach(log, rows)
+    if t.autocast is not None and log.dtype != "fp32":
+        log = to(t, log, "fp32")
+    node = t.record(_nll, (log,), log, labels)
+    loss, weight = t.new((), log.dtype, None, tag), t.new((), log.dtype, None, tag)
+    t.keep(node, weight)
+    return attach(loss, node)
+
+
+def _nll(t: Tape, saved: Saved, grads: Grads) -> Found:
+    log = saved[0]
+    assert log is not None
+    return (t.new(log.shape, log.dtype),)
+
+
+def _log_softmax(dtype: str, t: Tape, saved: Saved, grads: Grads) -> Found:
+    return (t.new(first(grads).shape, dtype),)

@@ -1,0 +1,193 @@
+"""`scaled_dot_product_attention` as CUDA runs it: which kernel, what it keeps, and what its gradient makes.
+
+Source: PyTorch 2.11, transformers/cuda/sdp_utils.cpp, attention.cpp, attention_backward.cu, cudnn/MHA.cpp; measured
+on an H100 (fixtures/measured). The rules are those of the exact engine (`memory/exact/kernels.py`).
+"""
+
+from functools import partial
+from math import prod
+from typing import Literal
+
+from hfvram.memory.timeline import Tag
+from hfvram.memory.training.operators import (
+    Found,
+    Grads,
+    attach,
+    dropout,
+    expand,
+    first,
+    low,
+    mask,
+    matmul,
+    narrow,
+    reshape,
+    scale,
+    softmax,
+    to,
+    transpose,
+)
+from hfvram.memory.training.tape import Saved, Tape
+from hfvram.memory.training.tensors import Shape, Tensor, contiguous
+
+Kernel = Literal["cudnn", "flash", "efficient"]
+
+
+def round_up(size: int, step: int) -> int:
+    """The next multiple of `step`."""
+    return -(-size // step) * step
+
+
+def attention(
+    t: Tape,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    *,
+    causal: bool = False,
+    gqa: bool = False,
+    p: float = 0.0,
+    tag: Tag | None = None,
+) -> Tensor:
+    """Attention of (b, heads, s, d) tensors by the kernel that PyTorch picks; `p` is the share that is dropped."""
+    if bias is not None and bias.dtype != "bool":
+        bias = low(t, bias)
+    v = low(t, v)
+    k = low(t, k)
+    q = low(t, q)
+    kernel = kernel_for(t, q, k, v, bias, gqa, p)
+    if kernel is None:
+        return _math(t, q, k, v, bias, causal, p, tag)
+    d = q.shape[-1]
+    if kernel == "flash" and d % 8:
+        q, k, v = (_padded(t, x) for x in (q, k, v))
+        return narrow(t, _fused(t, q, k, v, None, kernel, tag), 3, d)
+    return _fused(t, q, k, v, None if bias is None else _bias(t, bias, q), kernel, tag)
+
+
+def kernel_for(t: Tape, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, gqa: bool, p: float) -> Kernel | None:
+    """The kernel that PyTorch picks, None for the math path.
+
+    A bias that needs a gradient and heads that differ without `gqa` leave only math. Half precision without a mask
+    takes cuDNN where it stands first (heads of up to 128), else flash (up to 256); the rest is efficient, where that
+    takes the dtype and the head size.
+    """
+    gpu, half = t.gpu, q.half
+    if (bias is not None and bias.node is not None) or (q.dtype == "bf16" and not gpu.bf16):
+        return None
+    grouped = not q.shape[1] == k.shape[1] == v.shape[1]
+    if grouped and not (gqa and half and bias is None and gpu.flash):
+        return None
+    d, dv = q.shape[-1], v.shape[-1]
+    if half and bias is None and d == dv <= 256:
+        if gpu.cudnn_first and d <= 128 and d % 8 == 0:
+            return "cudnn"
+        if gpu.flash and (not gpu.narrow_backward or d <= 192 or (d > 224 and not p)):
+            return "flash"
+        if grouped:
+            return None
+    alignment = gpu.alignment[0 if half else 1]
+    return None if d % alignment or dv % alignment else "efficient"
+
+
+def _padded(t: Tape, x: Tensor) -> Tensor:
+    node = t.record(partial(_unpadded, x.shape), (x,))
+    return attach(t.new((*x.shape[:-1], round_up(x.shape[-1], 8)), x.dtype), node)
+
+
+def _unpadded(shape: Shape, t: Tape, saved: Saved, grads: Grads) -> Found:
+    return (t.new(shape, first(grads).dtype),)
+
+
+def _bias(t: Tape, bias: Tensor, q: Tensor) -> Tensor:
+    """A boolean mask becomes an additive one of the queries' dtype; rows are padded to a multiple of 8."""
+    if bias.dtype == "bool":
+        bias = t.like(bias, q.dtype)
+    if bias.shape[-1] % 8:
+        wide = t.new((*bias.shape[:-1], round_up(bias.shape[-1], 8)), bias.dtype)
+        return wide.as_(bias.shape, wide.strides)
+    return bias
+
+
+def _alike(t: Tape, x: Tensor, shape: Shape, tag: Tag | None = None) -> Tensor:
+    """A (b, heads, s, d) tensor of which the dimensions lie in memory as those of `x` do, as cuDNN has its output."""
+    order = sorted(range(4), key=lambda i: (-x.strides[i], i))
+    flat = contiguous(tuple([shape[i] for i in order]))
+    return t.new(shape, x.dtype, tuple([flat[order.index(i)] for i in range(4)]), tag)
+
+
+def _heads_last(t: Tape, shape: Shape, dtype: str, tag: Tag | None = None) -> Tensor:
+    """A (b, heads, s, d) tensor that lies in memory as (b, s, heads, d)."""
+    _, heads, s, d = shape
+    return t.new(shape, dtype, (s * heads * d, d, heads * d, 1), tag)
+
+
+def _fused(t: Tape, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, kernel: Kernel, tag: Tag | None) -> Tensor:
+    """A fused kernel: it keeps queries, keys, values, the bias, its output, the log-sum-exp and dropout's seed."""
+    b, heads, s, _ = q.shape
+    shape = (b, heads, s, v.shape[3])
+    node = t.record(partial(_fused_gradient, kernel), (q, k, v))
+    out = _alike(t, q, shape, tag) if kernel == "cudnn" else _heads_last(t, shape, q.dtype, tag)
+    rows = round_up(s, 32) if kernel == "efficient" else s
+    log_sum = t.new((b, heads, rows if kernel == "flash" or node is not None else 0), "fp32")
+    seeds = t.new((), "int64"), t.new((), "int64")
+    t.keep(node, q, k, v, bias, out, log_sum, *seeds)
+    return attach(out, node)
+
+
+def _fused_gradient(kernel: Kernel, t: Tape, saved: Saved, grads: Grads) -> Found:
+    grad, (q, k, v, _, out, *_) = first(grads), saved
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    assert out is not None
+    b, heads, s, d = q.shape
+    if kernel == "cudnn":
+        found = [_alike(t, x, x.shape) for x in (q, k, v)]
+        scratch = [out.nbytes] if grad.strides != out.strides else []
+        t.moment(*scratch, b * heads * s * (d + 1) * 4)
+        return found
+    found = [_heads_last(t, x.shape, q.dtype) for x in (q, k, v)]
+    if kernel == "flash":
+        rows, width = round_up(s, 128), round_up(d, 32 if d <= 128 else 64)
+        scratch = [b * heads * rows * 4, b * heads * rows * width * 4]
+        if k.shape[1] != heads:
+            scratch += [b * k.shape[2] * heads * d * 2] * 2
+    else:
+        scratch = [b * heads * s * 4] + ([] if q.dtype == "fp32" else [b * s * heads * d * 4])
+    t.moment(*scratch)
+    return found
+
+
+def _math(
+    t: Tape, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, p: float, tag: Tag | None
+) -> Tensor:
+    """The math path, in fp32: every pair of tokens' scores, their softmax, and a mask that is added in place."""
+    dtype, groups = q.dtype, q.shape[1] // k.shape[1]
+    q, k, v = (to(t, x, "fp32", tag) for x in (q, k, v))
+    q = scale(t, q, tag)
+    if causal:
+        square = (q.shape[2], k.shape[2])
+        ones = t.new(square, "bool")
+        bias = t.new(square, "bool")
+        del ones
+    if bias is not None and bias.dtype == "bool":
+        bias = t.like(bias, q.dtype)
+    if groups > 1:
+        k, v = (_repeated(t, x, groups, tag) for x in (k, v))
+    scores = matmul(t, q, scale(t, transpose(t, k, 2, 3), tag), tag)
+    if bias is not None:
+        scores = mask(t, scores, bias, tag)
+    weights = softmax(t, scores, tag=tag)
+    if bias is not None:
+        t.moment(prod(weights.shape))  # rows that are masked whole
+    del scores
+    weights = dropout(t, weights, p, tag)
+    return to(t, matmul(t, weights, v, tag), dtype, tag)
+
+
+def _repeated(t: Tape, x: Tensor, groups: int, tag: Tag | None) -> Tensor:
+    """`repeat_interleave` of the heads: a copy of an expanded view."""
+    b, heads, s, d = x.shape
+    wide = expand(t, reshape(t, x, b, heads, 1, s, d), b, heads, groups, s, d)
+    return reshape(t, wide, b, heads * groups, s, d)

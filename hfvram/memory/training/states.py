@@ -1,0 +1,114 @@
+"""A model's parameters as a training run holds them: leaves of the graph, taken by layers in the order of their code,
+and gone through by clipping and optimizers in the order of `model.parameters()`."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+from hfvram.memory.timeline import Tag
+from hfvram.memory.training import operators as op
+from hfvram.memory.training.blocks import unknown
+from hfvram.memory.training.tape import Parameter, Tape
+from hfvram.memory.training.tensors import Storage, Tensor, contiguous
+from hfvram.model.architecture import Architecture, Stack
+from hfvram.model.layers import Layer, Param
+
+
+class Leaf:
+    """A parameter: what it is, its tensor, and the repeated layer that it belongs to, if any."""
+
+    __slots__ = ("node", "param", "segment", "tensor")
+
+    def __init__(self, param: Param, dtype: str, trained: bool, segment: int | None) -> None:
+        self.param = param
+        self.segment = segment
+        self.node = Parameter(param.shape, dtype) if trained else None
+        self.tensor = Tensor(Storage(), param.shape, contiguous(param.shape), dtype, self.node)
+
+
+class Weights:
+    """The leaves of one part of a layer, handed out in order, by kind. A fresh one for each pass."""
+
+    __slots__ = ("at", "leaves")
+
+    def __init__(self, leaves: Sequence[Leaf]) -> None:
+        self.leaves = leaves
+        self.at = 0
+
+    def take(self) -> Tensor:
+        """The next parameter, whatever it is."""
+        leaf = self.leaves[self.at]
+        self.at += 1
+        return leaf.tensor
+
+    def next_is(self, *kinds: str) -> bool:
+        """Whether there is a next parameter, of one of these kinds."""
+        return self.at < len(self.leaves) and self.leaves[self.at].param.kind in kinds
+
+    def linear(self, t: Tape, x: Tensor, tag: Tag | None = None) -> Tensor:
+        """The next linear layer over x: its weight and, where it has one, its bias."""
+        if not self.next_is("linear", "linear_subclass", "head"):
+            raise unknown("a layer whose parameters stand in another order than its code takes them")
+        weight = self.take()
+        bias = self.take() if self.next_is("bias") else None
+        if weight.shape[1] != x.shape[-1]:
+            raise unknown("a layer whose parameters stand in another order than its code takes them")
+        return op.linear(t, x, weight, bias, tag)
+
+
+class Blocks:
+    """The leaves of one layer, by its parts."""
+
+    __slots__ = ("feed_forward", "mixers", "own")
+
+    def __init__(self, layer: Layer, leaf: Callable[[Param], Leaf]) -> None:
+        self.mixers = [[leaf(p) for p in m.params if p.kind != "buffer"] for m in layer.mixers]
+        feed = layer.feed_forward.params if layer.feed_forward else ()
+        self.feed_forward = [leaf(p) for p in feed if p.kind != "buffer"]
+        self.own = [leaf(p) for p in layer.params if p.kind != "buffer"]
+
+    def __iter__(self) -> Iterator[Leaf]:
+        for mixer in self.mixers:
+            yield from mixer
+        yield from self.feed_forward
+        yield from self.own
+
+
+class States:
+    """All leaves of a model of which only some layers are written (`stretch.Written`)."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        dtype: str,
+        layers: Sequence[tuple[Layer, int | None]],
+        trains: Callable[[str], bool] = lambda name: True,
+    ) -> None:
+        text = architecture.text
+
+        def leaf(param: Param, segment: int | None = None) -> Leaf:
+            return Leaf(param, param.dtype or dtype, trains(param.name), segment)
+
+        def several(params: Sequence[Param]) -> list[Leaf]:
+            return [leaf(p) for p in params if p.kind != "buffer"]
+
+        self.before = several(text.before)
+        self.layers = [Blocks(x, lambda p, segment=segment: leaf(p, segment)) for x, segment in layers]  # type: ignore[misc]
+        self.after = several(text.after)
+        self.head = several(architecture.head)
+
+    def __iter__(self) -> Iterator[Leaf]:
+        yield from self.before
+        for layer in self.layers:
+            yield from layer
+        yield from self.after
+        yield from self.head
+
+    def trained(self) -> list[Leaf]:
+        """The leaves that need gradients, as `model.parameters()` has them."""
+        return [leaf for leaf in self if leaf.node is not None]
+
+
+def single_stack(architecture: Architecture) -> Stack:
+    """The model's only stack. Raises `usage` where it has several or runs layers again."""
+    if len(architecture.stacks) != 1 or architecture.text.repeated:
+        raise unknown(architecture.class_name)
+    return architecture.text

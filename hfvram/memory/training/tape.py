@@ -1,0 +1,351 @@
+"""Autograd of sizes: operators leave nodes, nodes keep what their gradients need, and a backward pass runs them.
+
+What is kept, what order nodes run in, when gradients are added in place and when a node lets go of what it saved is
+PyTorch's. Source: PyTorch 2.11, torch/csrc/autograd/engine.cpp, input_buffer.cpp, functions/accumulate_grad.h;
+torch/utils/checkpoint.py (non-reentrant, early stop).
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from heapq import heappop, heappush
+from typing import Any, Final
+
+from hfvram.memory.generation import CUBLAS_SOURCE, HOPPER, Generation
+from hfvram.memory.timeline import Tag, Timeline
+from hfvram.memory.training.tensors import (
+    FLOATING,
+    ITEM_BYTES,
+    Shape,
+    Storage,
+    Tensor,
+    broadcast,
+    contiguous,
+    is_contiguous,
+    is_dense,
+    layout,
+)
+
+ENGINE = "PyTorch 2.11: torch/csrc/autograd/engine.cpp"
+CUBLAS = Tag("cuBLAS workspace", "workspace", "one for each thread that multiplies", CUBLAS_SOURCE)
+CUBLASLT = Tag("cuBLASLt workspace", "workspace", "1 MiB, one a thread", "PyTorch 2.11: CUDABlas.cpp")
+CUBLASLT_BYTES: Final = 1 << 20
+GRADIENTS = Tag("gradients", "gradients", "P·e", "PyTorch 2.11: functions/accumulate_grad.h", "exact")
+FLOWING = Tag("gradients of activations", "activations", "", ENGINE)
+SCRATCH = Tag("kernel scratch", "activations", "", "PyTorch 2.11: native/cuda")
+LAST: Final = 1 << 62
+
+Saved = tuple[Tensor | None, ...]
+Gradient = Callable[["Tape", Saved, list[Tensor | None]], Sequence[Tensor | None]]
+"""What a node does: from what it saved and the gradients of its outputs to those of its inputs."""
+
+
+class Node:
+    """One operator's backward. `edges` are (node, which of its outputs, shape, dtype) for each input, None where no
+    gradient is wanted; `saved` are tensors or, with a `frame`, their places in what a checkpoint computes again."""
+
+    __slots__ = ("edges", "frame", "gradient", "outputs", "saved", "segment", "sequence")
+
+    def __init__(self, gradient: Gradient | None, edges: tuple[Any, ...], sequence: int, segment: int | None) -> None:
+        self.gradient = gradient
+        self.edges = edges
+        self.sequence = sequence
+        self.segment = segment
+        self.outputs = 1
+        self.saved: tuple[Any, ...] = ()
+        self.frame: Frame | None = None
+
+    def wants(self, i: int) -> bool:
+        """Whether input i needs a gradient."""
+        return self.edges[i] is not None
+
+
+class Parameter(Node):
+    """A leaf: where its gradient ends up. The first one is taken as it is if nobody else holds it."""
+
+    __slots__ = ("dtype", "grad", "shape")
+
+    def __init__(self, shape: Shape, dtype: str) -> None:
+        super().__init__(None, (), LAST, None)
+        self.shape = shape
+        self.dtype = dtype
+        self.grad: Tensor | None = None
+
+
+class _Enough(Exception):
+    """Everything that the backward pass needs has been computed again."""
+
+
+class Frame:
+    """A checkpointed stretch: what runs it again, how many tensors it would have saved, and what was recomputed."""
+
+    __slots__ = ("autocast", "count", "run", "saved")
+
+    def __init__(self, run: Callable[[], Any], autocast: str | None) -> None:
+        self.run = run
+        self.autocast = autocast
+        self.count = 0
+        self.saved: list[Any] | None = None
+
+
+class Tape:
+    """What runs: the timeline, the graph's counters, the precision and the threads' workspaces.
+
+    `tag` is what new tensors are; operators take one of their own where that says more. `on_meta` does as
+    PyTorch does on the meta device, where it never adds a gradient into another: for comparisons.
+    """
+
+    def __init__(self, timeline: Timeline, gpu: Generation = HOPPER, on_meta: bool = False) -> None:
+        self.timeline = timeline
+        self.gpu = gpu
+        self.on_meta = on_meta
+        self.tag = FLOWING
+        self.grad = True
+        self.sequence = 0
+        self.segment: int | None = None
+        self.segments: list[tuple[int, int, int | None]] = []
+        """(events before, handles before, layer): what follows belongs to this layer."""
+        self.frame: Frame | None = None
+        self.redone: Frame | None = None
+        self.thread = "forward"
+        self.workspaces: set[tuple[str, str]] = set()
+        self.autocast: str | None = None
+        self.casts: dict[Node, Tensor] = {}
+
+    # -- allocating --------------------------------------------------------------------------------------------------
+
+    def new(self, shape: Shape, dtype: str, strides: Shape | None = None, tag: Tag | None = None) -> Tensor:
+        """A new tensor, contiguous unless `strides` say otherwise."""
+        size = ITEM_BYTES[dtype]
+        for n in shape:
+            size *= n
+        timeline = self.timeline
+        handle = timeline.alloc(size, (tag or self.tag) if self.thread == "forward" or self.redone else FLOWING)
+        return Tensor(Storage(timeline.events, handle), shape, strides or contiguous(shape), dtype)
+
+    def like(self, x: Tensor, dtype: str | None = None, tag: Tag | None = None) -> Tensor:
+        """A new tensor that lies as `x` does (`empty_like`)."""
+        strides = x.strides if is_dense(x.shape, x.strides) else layout(x.shape, (x.shape, x.strides))
+        return self.new(x.shape, dtype or x.dtype, strides, tag)
+
+    def moment(self, *sizes: int) -> None:
+        """What a kernel holds while it runs."""
+        self.timeline.moment(SCRATCH, *sizes)
+
+    def multiplies(self, biased: bool = False) -> None:
+        """The workspaces of matrix products, which stay once a thread has one."""
+        if (self.thread, "cuBLAS") not in self.workspaces:
+            self.workspaces.add((self.thread, "cuBLAS"))
+            self.timeline.alloc(self.gpu.cublas_bytes, CUBLAS)
+        if biased and (self.thread, "Lt") not in self.workspaces:
+            self.workspaces.add((self.thread, "Lt"))
+            self.timeline.alloc(CUBLASLT_BYTES, CUBLASLT)
+
+    def enter(self, segment: int | None) -> None:
+        """What follows belongs to this layer (of those that repeat), or to none."""
+        self.segment = segment
+        self.segments.append((len(self.timeline.events), len(self.timeline.sizes), segment))
+
+    def mark(self, phase: str) -> None:
+        """A phase begins."""
+        self.timeline.mark(phase)
+        self.enter(None)
+
+    # -- recording ---------------------------------------------------------------------------------------------------
+
+    def record(self, gradient: Gradient, inputs: Sequence[Tensor], *saved: Tensor | None) -> Node | None:
+        """The node of an operator that is about to run, with what it saves of its inputs; None without gradients."""
+        if not self.grad:
+            return None
+        edges = tuple(None if x.node is None else (x.node, x.index, x.shape, x.dtype) for x in inputs)
+        if not any(edges):
+            return None
+        self.sequence += 1
+        node = Node(gradient, edges, self.sequence, self.segment)
+        self._save(node, saved)
+        return node
+
+    def keep(self, node: Node | None, *saved: Tensor | None) -> None:
+        """What a node saves of its outputs, after it ran."""
+        if node is not None:
+            self._save(node, saved)
+
+    def _save(self, node: Node, saved: Saved) -> None:
+        if self.redone is not None:
+            frame, found = self.redone, self.redone.saved
+            assert found is not None
+            for x in saved:
+                if x is not None:
+                    found.append(x.alias())
+                    if len(found) == frame.count:
+                        raise _Enough
+        elif self.frame is not None:
+            frame = self.frame
+            for x in saved:
+                place = None
+                if x is not None:
+                    place, node.frame = frame.count, frame
+                    frame.count += 1
+                node.saved = (*node.saved, place)
+        else:
+            node.saved = (*node.saved, *[None if x is None else x.alias() for x in saved])
+
+    def _unpacked(self, node: Node) -> Saved:
+        saved, frame = node.saved, node.frame
+        node.saved = ()
+        if frame is None:
+            return saved
+        if frame.saved is None:
+            self._recompute(frame)
+        found = frame.saved
+        assert found is not None
+        out = []
+        for place in saved:
+            out.append(None if place is None else found[place])
+            if place is not None:
+                found[place] = None
+        return tuple(out)
+
+    def _recompute(self, frame: Frame) -> None:
+        frame.saved = []
+        before = self.grad, self.autocast, self.tag, self.casts
+        self.redone, self.grad, self.autocast, self.casts = frame, True, frame.autocast, {}
+        try:
+            frame.run()
+        except _Enough:
+            pass
+        finally:
+            self.redone = None
+            self.grad, self.autocast, self.tag, self.casts = before
+
+    def checkpoint(self, run: Callable[[], Tensor]) -> Tensor:
+        """Run a stretch that saves nothing but what `run` itself holds, and is run again when its gradients come."""
+        if self.redone is not None or not self.grad:
+            return run()
+        frame = Frame(run, self.autocast)
+        self.frame = frame
+        try:
+            return run()
+        finally:
+            self.frame = None
+
+    # -- the backward pass -------------------------------------------------------------------------------------------
+
+    def backward(self, root: Tensor) -> None:
+        """Run the graph of a scalar, the latest node first, and add up its parameters' gradients."""
+        assert root.node is not None
+        waiting = _dependencies(root.node)
+        self.thread, self.grad = "backward", False
+        one = self.new(root.shape, root.dtype)
+        buffers: dict[Node, list[Tensor | None]] = {root.node: [one]}
+        ready: list[tuple[int, int, Node]] = [(0, 0, root.node)]
+        while ready:
+            node = heappop(ready)[2]
+            if isinstance(node, Parameter):
+                self._accumulate(node, buffers.pop(node))
+                continue
+            if node.segment != self.segment:
+                self.enter(node.segment)
+            self._run(node, buffers, waiting, ready)
+        self.thread, self.grad = "forward", True
+
+    def _run(
+        self,
+        node: Node,
+        buffers: dict[Node, list[Tensor | None]],
+        waiting: dict[Node, int],
+        ready: list[tuple[int, int, Node]],
+    ) -> None:
+        grads = buffers.pop(node)
+        found: list[Tensor | None]
+        assert node.gradient is not None
+        recomputed = node.frame is not None
+        saved = self._unpacked(node)
+        arrived = any(grad is not None for grad in grads)
+        found = list(node.gradient(self, saved, grads)) if arrived else [None] * len(node.edges)
+        if recomputed:  # nothing else holds what was computed again
+            saved = ()
+        for i, edge in enumerate(node.edges):
+            grad = found[i] if edge else None
+            if edge and grad is not None:
+                if grad.shape != edge[2]:
+                    found[i] = grad = self.sum_to(grad, edge[2])
+                if grad.dtype != edge[3]:
+                    found[i] = self.like(grad, edge[3])
+        del grad, grads, saved
+        node.frame = None  # the last node of a checkpoint lets go of its input here
+        for i, edge in enumerate(node.edges):
+            if edge is None:
+                continue
+            after, index, *_ = edge
+            grad, found[i] = found[i], None
+            if grad is not None:
+                slots = buffers.get(after)
+                if slots is None:
+                    slots = buffers[after] = [None] * after.outputs
+                old = slots[index]
+                if old is None:
+                    slots[index] = grad
+                else:
+                    slots[index] = None
+                    # One reference each: this name and the call's argument; and the tensor's.
+                    alone = not self.on_meta and sys.getrefcount(old) == 2 and sys.getrefcount(old.storage) == 2
+                    if alone and is_dense(old.shape, old.strides):
+                        slots[index] = old
+                    else:
+                        slots[index] = self.elementwise(old, grad)
+                old = None
+            grad = None
+            waiting[after] -= 1
+            if not waiting[after]:
+                buffers.setdefault(after, [None] * after.outputs)
+                heappush(ready, (-after.sequence, id(after), after))
+
+    def _accumulate(self, parameter: Parameter, grads: list[Tensor | None]) -> None:
+        grad = grads.pop()
+        if grad is None:
+            return
+        if parameter.grad is not None:
+            return  # added in place
+        if not (sys.getrefcount(grad) == 2 and is_contiguous(grad.shape, grad.strides)):
+            grad = self.new(parameter.shape, parameter.dtype)
+        parameter.grad = grad
+        self.timeline.tags[grad.storage.handle] = GRADIENTS
+
+    # -- what gradients are made with --------------------------------------------------------------------------------
+
+    def sum_to(self, grad: Tensor, shape: Shape) -> Tensor:
+        """Add up what was broadcast (`at::sum_to`)."""
+        return self.new(shape, grad.dtype)
+
+    def elementwise(self, *operands: Tensor, dtype: str | None = None, tag: Tag | None = None) -> Tensor:
+        """The result of an element-wise operator, without gradients."""
+        first = operands[0]
+        shape = first.shape
+        if len(operands) > 1:
+            shape = broadcast(*(x.shape for x in operands))
+        strides = layout(shape, *((x.shape, x.strides) for x in operands))
+        return self.new(shape, dtype or promoted(*operands), strides, tag)
+
+
+def promoted(*operands: Tensor) -> str:
+    """The dtype of a result: the widest floating one; tensors of no dimension count less."""
+    dims = [x.dtype for x in operands if x.shape] or [x.dtype for x in operands]
+    floats = [d for d in dims if d in FLOATING]
+    if not floats:
+        return max(dims, key=ITEM_BYTES.__getitem__)
+    return "fp32" if "fp32" in floats or len(set(floats)) > 1 else floats[0]
+
+
+def _dependencies(root: Node) -> dict[Node, int]:
+    """How many gradients each node waits for."""
+    waiting: dict[Node, int] = {root: 0}
+    stack = [root]
+    while stack:
+        for edge in stack.pop().edges:
+            if edge is not None:
+                if edge[0] in waiting:
+                    waiting[edge[0]] += 1
+                else:
+                    waiting[edge[0]] = 1
+                    stack.append(edge[0])
+    return waiting

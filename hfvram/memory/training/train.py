@@ -1,0 +1,114 @@
+"""Two training steps by formula: forward, backward, clipping and update, as a training loop runs them.
+
+The loop is the exact engine's (`memory/exact/training.py`): the first step makes the optimizer's states, the second has
+them from its start; of accumulated batches the second stands for all later ones.
+"""
+
+from collections.abc import Iterable
+
+from hfvram.memory.forward import Forward
+from hfvram.memory.generation import generation
+from hfvram.memory.inference import symbols
+from hfvram.memory.timeline import Tag, Timeline
+from hfvram.memory.training.blocks import unknown
+from hfvram.memory.training.decoder import forward
+from hfvram.memory.training.states import States, single_stack
+from hfvram.memory.training.step import Optimizer, clip, in_layers, state_bytes
+from hfvram.memory.training.stretch import plan, stretch
+from hfvram.memory.training.tape import FLOWING, SCRATCH, Tape
+from hfvram.memory.training.tensors import ITEM_BYTES, Tensor
+from hfvram.memory.weights import standing
+from hfvram.model.architecture import Architecture
+from hfvram.model.layers import Layer
+from hfvram.request import Request
+
+STEPS = 2
+IDS = Tag("token ids", "inputs", "b·s·8", "the batch", "exact")
+
+
+def timeline(architecture: Architecture, request: Request, on_meta: bool = False, whole: bool = False) -> Timeline:
+    """Training of one request that leaves nothing open (`answer/resolve.py`), on one GPU.
+
+    `on_meta` follows PyTorch on the meta device where it differs from CUDA, `whole` writes every layer: for tests.
+    Raises `usage` for kinds of layers and options that have no formula yet.
+    """
+    refuse(architecture, request)
+    layers, groups = plan(architecture.text.layers)
+    if whole:
+        layers, groups = [(x, None) for x in architecture.text.layers], 0
+    t = Timeline(standing(architecture, request.dtype, "none", False))
+    tape = Tape(t, generation(request.compute_capability), on_meta)
+    ids = tape.new((request.batch, request.ctx or 1), "int64", None, IDS)
+    t.restart()
+    _steps(tape, architecture, States(architecture, request.dtype, layers), layers, ids, request)
+    if groups:
+        t = stretch(t, tape.segments, groups) or timeline(architecture, request, on_meta, whole=True)
+    _totals(t, architecture, request)
+    return t
+
+
+def refuse(architecture: Architecture, request: Request) -> None:
+    """Raises `usage` for what has no formula yet."""
+    single_stack(architecture)
+    if request.mode != "train":
+        raise unknown(f"--mode {request.mode}")
+    if architecture.task != "causal":
+        raise unknown(architecture.class_name)
+    if request.mixed_precision != "no":
+        raise unknown(f"--mixed-precision {request.mixed_precision}")
+    if request.padding:
+        raise unknown("--padding")
+    if request.attention != "sdpa":
+        raise unknown(f"--attention {request.attention}")
+
+
+def _steps(
+    tape: Tape,
+    architecture: Architecture,
+    states: States,
+    layers: list[tuple[Layer, int | None]],
+    ids: Tensor,
+    request: Request,
+) -> None:
+    t, leaves, optimizer = tape.timeline, states.trained(), Optimizer(request.optimizer)
+    tensors = sum(p.kind != "buffer" for p in architecture.all_params)
+    for _ in range(STEPS):
+        for _ in range(min(request.grad_accum, 2)):
+            tape.mark("forward")
+            loss, logits = forward(tape, architecture, states, layers, ids, request)
+            _label(t, t.live(len(t.events)), "saved activations")
+            tape.mark("backward")
+            before = len(t.sizes)
+            tape.backward(loss)
+            tape.enter(None)
+            _label(t, range(before, len(t.sizes)), "recomputed")
+            del loss, logits
+        tape.mark("clipping")
+        clip(tape, leaves, tensors)
+        tape.mark("optimizer step")
+        optimizer.step(tape, leaves)
+        for leaf in in_layers(tape, leaves):
+            leaf.node.grad = None  # type: ignore[union-attr]
+    tape.mark("end")
+
+
+def _label(t: Timeline, handles: Iterable[int], what: str) -> None:
+    """Add to the names of these activations what they are."""
+    tags, labelled = t.tags, dict[Tag, Tag]()
+    for handle in handles:
+        tag = tags[handle]
+        if tag.category == "activations" and tag not in (FLOWING, SCRATCH) and not tag.name.endswith(")"):
+            if tag not in labelled:
+                labelled[tag] = tag._replace(name=f"{tag.name} ({what})")
+            tags[handle] = labelled[tag]
+
+
+def _totals(t: Timeline, architecture: Architecture, request: Request) -> None:
+    """Gradients and states in raw sizes, of every layer, and the symbols that formulas are shown with."""
+    t.symbols = symbols(architecture, Forward(batch=request.batch, tokens=request.ctx or 1, dtype=request.dtype))
+    parameters = [p for p in architecture.all_params if p.kind != "buffer"]
+    t.trainable_parameters = sum(p.numel for p in parameters)
+    t.gradients_bytes = sum(p.numel * ITEM_BYTES[p.dtype or request.dtype] for p in parameters)
+    states = [state_bytes(request.optimizer, p, p.dtype or request.dtype) for p in parameters]
+    t.managed_bytes = sum(managed for _, managed in states)
+    t.optimizer_bytes = sum(own for own, _ in states) + t.managed_bytes
