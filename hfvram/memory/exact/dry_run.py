@@ -202,19 +202,13 @@ def dry_run(run: Run) -> Iterator[Watch]:
 def _as_on_a_gpu() -> Iterator[None]:
     """Answers that PyTorch gives on a machine with one GPU; nothing is compiled."""
     foreach = torch.utils._foreach_utils._get_foreach_kernels_supported_devices
-    attention = torch.nn.functional.has_torch_function
 
     def with_meta() -> list[str]:
         return [*foreach(), "meta"]
 
-    def overridden(tensors: Any) -> bool:
-        plain = (torch.Tensor, torch.nn.Parameter, type(None))
-        return attention(tensors) and not all(type(t) in plain for t in tensors)
-
     with (
         patch("torch.utils._foreach_utils._get_foreach_kernels_supported_devices", with_meta),
         patch("torch.optim.optimizer._get_foreach_kernels_supported_devices", with_meta),
-        patch.object(torch.nn.functional, "has_torch_function", overridden),
         patch.object(torch, "compile", lambda model=None, **_: (lambda m: m) if model is None else model),
         patch.multiple(
             torch.cuda,

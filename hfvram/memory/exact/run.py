@@ -50,6 +50,7 @@ class Run:
     def running(self, names: dict[int, str]) -> Iterator[None]:
         """The same, with the names of modules by their ids."""
         tracker, engine = self.tracker, torch.autograd._engine_run_backward
+        overrides = torch.nn.functional.has_torch_function
         stack: list[str] = []
 
         def enter(module: Any, args: Any) -> None:
@@ -62,10 +63,17 @@ class Run:
             with self.backward():
                 return engine(*args, **kwargs)
 
+        def overridden(tensors: Any) -> bool:
+            """Of plain tensors no: `nn.MultiheadAttention` is looked into, not handed to a mode as one function."""
+            plain = (torch.Tensor, torch.nn.Parameter, type(None))
+            return overrides(tensors) and not all(type(t) in plain for t in tensors)
+
+        patched = patch.object(torch.nn.functional, "has_torch_function", overridden)
         handles = [hooks.register_module_forward_pre_hook(enter)]
         handles.append(hooks.register_module_forward_hook(leave, always_call=True))
         try:
-            with self.mode(self), tracker, patch("torch.autograd._engine_run_backward", backward), self.recomputing():
+            engine_patched = patch("torch.autograd._engine_run_backward", backward)
+            with patched, engine_patched, self.mode(self), tracker, self.recomputing():
                 yield
         finally:
             for handle in handles:
