@@ -9,9 +9,6 @@ from hfvram.errors import HfvramError
 from hfvram.request import Request
 
 NOT_YET: list[tuple[dict[str, Any], str]] = [
-    ({"mode": "train"}, "inference"),
-    ({"mode": "lora"}, "inference"),
-    ({"mode": "qlora"}, "inference"),
     ({"engine": "vllm"}, "transformers"),
     ({"engine": "sglang"}, "transformers"),
     ({"engine": "llama.cpp"}, "transformers"),

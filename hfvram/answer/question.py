@@ -156,11 +156,16 @@ def estimate_of(model: Model, asked: Request) -> Estimate:
     peaks = replay(written, request.expandable_segments)
     found = items(written, peaks)
     phase = written.phase_at(peaks.event)
+    estimate = _estimate(model, request, found, peaks.allocated_bytes, phase, notes)
+    device = device_bytes(peaks.reserved_bytes + written.managed_bytes, kernels_bytes(request.mode, False))
     return replace(
-        _estimate(model, request, found, peaks.allocated_bytes, phase, notes),
+        estimate,
+        model=replace(estimate.model, trainable_parameters=written.trainable_parameters),
+        gradients_bytes=written.gradients_bytes,
+        optimizer_bytes=written.optimizer_bytes,
         cache_bytes=written.cache_bytes,
         peak_reserved_bytes=peaks.reserved_bytes,
-        device_bytes=(device := device_bytes(peaks.reserved_bytes)),
+        device_bytes=device,
         interval=interval(model.architecture, request, device),
     )
 

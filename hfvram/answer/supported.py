@@ -6,7 +6,7 @@ from hfvram.errors import HfvramError, printable
 from hfvram.request import Request
 
 SUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
-    "mode": ("inference",),
+    "mode": ("inference", "train", "lora", "qlora"),
     "engine": ("transformers",),
     "method": ("auto", "formula", "simulate", "guide"),
     "cache": ("dynamic", "static"),
@@ -20,7 +20,7 @@ SUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
     "fsdp": (None,),
     "offload": ((),),
 }
-BY_SIMULATE: Final = ("mode", "gpus", "tp", "sp", "fsdp")
+BY_SIMULATE: Final = ("gpus", "tp", "sp", "fsdp")
 """Options of which the exact engine answers every value."""
 SIMULATED_CACHES: Final = ("offloaded", "quantized")
 """Caches that only the exact engine answers: transformers' own code moves and packs them."""

@@ -30,7 +30,11 @@ def mask_bytes(architecture: Architecture, request: Request) -> int:
 
 
 def timeline(architecture: Architecture, request: Request) -> Timeline:
-    """Inference of one request that leaves nothing open (`answer/resolve.py`)."""
+    """One request that leaves nothing open (`answer/resolve.py`). Raises `usage` for what has no formula."""
+    if request.mode != "inference":
+        from hfvram.memory.training import train
+
+        return train.timeline(architecture, request)
     ctx, new, dtype = request.ctx or 1, request.new_tokens or 0, request.dtype
     quant = request.quant if request.quant != "auto" else architecture.quantization or "none"
     t = Timeline(standing(architecture, dtype, quant, request.double_quant))

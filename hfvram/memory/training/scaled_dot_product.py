@@ -29,6 +29,9 @@ from hfvram.memory.training.operators import (
 from hfvram.memory.training.tape import Saved, Tape
 from hfvram.memory.training.tensors import Shape, Tensor, contiguous
 
+LOG_SUM = Tag("attention, log-sum-exp", "activations", "b·a·s·4", "PyTorch 2.11: transformers/cuda/attention.cu")
+SEED = Tag("attention, dropout's seed", "activations", "8", "PyTorch 2.11: transformers/cuda/attention.cu")
+BIAS = Tag("attention mask as a bias", "activations", "b·s·t·e", "PyTorch 2.11: transformers/attention.cpp")
 Kernel = Literal["cudnn", "flash", "efficient"]
 
 
@@ -102,9 +105,9 @@ def _unpadded(shape: Shape, t: Tape, saved: Saved, grads: Grads) -> Found:
 def _bias(t: Tape, bias: Tensor, q: Tensor) -> Tensor:
     """A boolean mask becomes an additive one of the queries' dtype; rows are padded to a multiple of 8."""
     if bias.dtype == "bool":
-        bias = t.like(bias, q.dtype)
+        bias = t.like(bias, q.dtype, BIAS)
     if bias.shape[-1] % 8:
-        wide = t.new((*bias.shape[:-1], round_up(bias.shape[-1], 8)), bias.dtype)
+        wide = t.new((*bias.shape[:-1], round_up(bias.shape[-1], 8)), bias.dtype, None, BIAS)
         return wide.as_(bias.shape, wide.strides)
     return bias
 
@@ -129,8 +132,8 @@ def _fused(t: Tape, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, kernel
     node = t.record(partial(_fused_gradient, kernel), (q, k, v))
     out = _alike(t, q, shape, tag) if kernel == "cudnn" else _heads_last(t, shape, q.dtype, tag)
     rows = round_up(s, 32) if kernel == "efficient" else s
-    log_sum = t.new((b, heads, rows if kernel == "flash" or node is not None else 0), "fp32")
-    seeds = t.new((), "int64"), t.new((), "int64")
+    log_sum = t.new((b, heads, rows if kernel == "flash" or node is not None else 0), "fp32", None, LOG_SUM)
+    seeds = t.new((), "int64", None, SEED), t.new((), "int64", None, SEED)
     t.keep(node, q, k, v, bias, out, log_sum, *seeds)
     return attach(out, node)
 
@@ -172,7 +175,7 @@ def _math(
         bias = t.new(square, "bool")
         del ones
     if bias is not None and bias.dtype == "bool":
-        bias = t.like(bias, q.dtype)
+        bias = t.like(bias, q.dtype, BIAS)
     if groups > 1:
         k, v = (_repeated(t, x, groups, tag) for x in (k, v))
     scores = matmul(t, q, scale(t, transpose(t, k, 2, 3), tag), tag)

@@ -31,6 +31,7 @@ CUBLASLT = Tag("cuBLASLt workspace", "workspace", "1 MiB, one a thread", "PyTorc
 CUBLASLT_BYTES: Final = 1 << 20
 GRADIENTS = Tag("gradients", "gradients", "P·e", "PyTorch 2.11: functions/accumulate_grad.h", "exact")
 FLOWING = Tag("gradients of activations", "activations", "", ENGINE)
+OTHER = Tag("other activations", "activations", "", "PyTorch 2.11: ATen")
 SCRATCH = Tag("kernel scratch", "activations", "", "PyTorch 2.11: native/cuda")
 LAST: Final = 1 << 62
 
@@ -98,7 +99,7 @@ class Tape:
         self.timeline = timeline
         self.gpu = gpu
         self.on_meta = on_meta
-        self.tag = FLOWING
+        self.tag = OTHER
         self.grad = True
         self.sequence = 0
         self.segment: int | None = None
