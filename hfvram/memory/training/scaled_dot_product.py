@@ -175,7 +175,9 @@ def _math(
         bias = t.new(square, "bool")
         del ones
     if bias is not None and bias.dtype == "bool":
+        numbers = t.new((), q.dtype, None, BIAS), t.new((), q.dtype, None, BIAS)
         bias = t.like(bias, q.dtype, BIAS)
+        del numbers
     if groups > 1:
         k, v = (_repeated(t, x, groups, tag) for x in (k, v))
     scores = matmul(t, q, scale(t, transpose(t, k, 2, 3), tag), tag)

@@ -15,10 +15,12 @@ from hfvram.model.layers import Layer, Param
 class Leaf:
     """A parameter: what it is, its tensor, and the repeated layer that it belongs to, if any."""
 
-    __slots__ = ("node", "param", "segment", "tensor")
+    __slots__ = ("inner", "node", "param", "segment", "tensor")
 
     def __init__(self, param: Param, dtype: str, trained: bool, segment: int | None) -> None:
         self.param = param
+        self.inner = param.kind in ("linear", "linear_subclass") and len(param.shape) == 2
+        """A linear layer's weight, the head's left out: what low-rank optimizers and Muon treat."""
         self.segment = segment
         self.node = Parameter(param.shape, dtype) if trained else None
         self.tensor = Tensor(Storage(), param.shape, contiguous(param.shape), dtype, self.node)

@@ -56,6 +56,11 @@ def plan(layers: Sequence[Layer]) -> Plan:
     return Plan([*[(x, None) for x in layers[:start]], *written, *[(x, None) for x in after]], groups)
 
 
+def copies(groups: int) -> int:
+    """How many groups the third one stands for."""
+    return groups - WRITTEN + 1
+
+
 class _Chunk(NamedTuple):
     phase: int
     group: int | None
@@ -93,7 +98,8 @@ def stretch(t: Timeline, segments: Sequence[Segment], groups: int) -> Timeline |
     for at in sorted(names):
         for name in names[at]:
             out.mark(name)
-    out.symbols = t.symbols
+    for name in ("symbols", "gradients_bytes", "optimizer_bytes", "managed_bytes", "trainable_parameters"):
+        setattr(out, name, getattr(t, name))
     return out
 
 

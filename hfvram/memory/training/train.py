@@ -12,11 +12,12 @@ from hfvram.memory.inference import symbols
 from hfvram.memory.timeline import Tag, Timeline
 from hfvram.memory.training.blocks import unknown
 from hfvram.memory.training.decoder import forward
-from hfvram.memory.training.states import States, single_stack
-from hfvram.memory.training.step import Optimizer, clip, in_layers, state_bytes
-from hfvram.memory.training.stretch import plan, stretch
+from hfvram.memory.training.optimizers import Optimizer, in_layers, kept_bytes, managed_bytes
+from hfvram.memory.training.states import Leaf, States, single_stack
+from hfvram.memory.training.step import clip
+from hfvram.memory.training.stretch import TEMPLATE, copies, plan, stretch
 from hfvram.memory.training.tape import FLOWING, SCRATCH, Tape
-from hfvram.memory.training.tensors import ITEM_BYTES, Tensor
+from hfvram.memory.training.tensors import Tensor
 from hfvram.memory.weights import standing
 from hfvram.model.architecture import Architecture
 from hfvram.model.layers import Layer
@@ -40,10 +41,13 @@ def timeline(architecture: Architecture, request: Request, on_meta: bool = False
     tape = Tape(t, generation(request.compute_capability), on_meta)
     ids = tape.new((request.batch, request.ctx or 1), "int64", None, IDS)
     t.restart()
-    _steps(tape, architecture, States(architecture, request.dtype, layers), layers, ids, request)
+    states = States(architecture, request.dtype, layers)
+    optimizer = Optimizer(request.optimizer, tape, states.trained())
+    _steps(tape, architecture, states, layers, ids, optimizer, request)
+    t.symbols = symbols(architecture, Forward(batch=request.batch, tokens=request.ctx or 1, dtype=request.dtype))
+    _count(t, states.trained(), optimizer, groups)
     if groups:
-        t = stretch(t, tape.segments, groups) or timeline(architecture, request, on_meta, whole=True)
-    _totals(t, architecture, request)
+        return stretch(t, tape.segments, groups) or timeline(architecture, request, on_meta, whole=True)
     return t
 
 
@@ -68,9 +72,10 @@ def _steps(
     states: States,
     layers: list[tuple[Layer, int | None]],
     ids: Tensor,
+    optimizer: Optimizer,
     request: Request,
 ) -> None:
-    t, leaves, optimizer = tape.timeline, states.trained(), Optimizer(request.optimizer)
+    t, leaves = tape.timeline, states.trained()
     tensors = sum(p.kind != "buffer" for p in architecture.all_params)
     for _ in range(STEPS):
         for _ in range(min(request.grad_accum, 2)):
@@ -103,12 +108,12 @@ def _label(t: Timeline, handles: Iterable[int], what: str) -> None:
             tags[handle] = labelled[tag]
 
 
-def _totals(t: Timeline, architecture: Architecture, request: Request) -> None:
-    """Gradients and states in raw sizes, of every layer, and the symbols that formulas are shown with."""
-    t.symbols = symbols(architecture, Forward(batch=request.batch, tokens=request.ctx or 1, dtype=request.dtype))
-    parameters = [p for p in architecture.all_params if p.kind != "buffer"]
-    t.trainable_parameters = sum(p.numel for p in parameters)
-    t.gradients_bytes = sum(p.numel * ITEM_BYTES[p.dtype or request.dtype] for p in parameters)
-    states = [state_bytes(request.optimizer, p, p.dtype or request.dtype) for p in parameters]
-    t.managed_bytes = sum(managed for _, managed in states)
-    t.optimizer_bytes = sum(own for own, _ in states) + t.managed_bytes
+def _count(t: Timeline, leaves: list[Leaf], optimizer: Optimizer, groups: int) -> None:
+    """Gradients and states in raw sizes, and the parameters that they are of, in all layers."""
+    for leaf in leaves:
+        times = copies(groups) if leaf.segment == TEMPLATE else 1
+        managed = managed_bytes(optimizer.name, leaf.tensor.numel)
+        t.trainable_parameters += times * leaf.tensor.numel
+        t.gradients_bytes += times * leaf.tensor.nbytes
+        t.managed_bytes += times * managed
+        t.optimizer_bytes += times * (kept_bytes(optimizer.kept, leaf) + managed)
