@@ -31,7 +31,7 @@ def interval(architecture: Architecture, request: Request, device_bytes: int) ->
 
 def group(architecture: Architecture, request: Request) -> str:
     """The group of measured cases that a question belongs to, as `scripts/score.py` names them."""
-    if not architecture.layer_kinds:
+    if not architecture.closed_form:
         return "layers of unknown kinds"
     if request.cache in ("offloaded", "quantized") or request.attention == "flash_attention_2":
         return f"{request.mode} with {request.cache} cache and {request.attention}"

@@ -120,7 +120,7 @@ def verdict(model: Model, found: Estimate, gpu: Gpu) -> tuple[Fit, list[str]]:
         known = {request: found.device_bytes}
         limit = model.architecture.max_positions
         by_formula = request.mode == "inference" and request.cache not in SIMULATED_CACHES
-        by_formula = by_formula and bool(model.architecture.layer_kinds)
+        by_formula = by_formula and model.architecture.closed_form
         needed = taken if by_formula else lambda m, r: estimate_of(m, r).device_bytes
         return judge(lambda r: known[r] if r in known else needed(model, r), request, gpu, max_positions=limit), []
     if request.max_ctx or request.max_batch:
@@ -144,7 +144,7 @@ def estimate_of(model: Model, asked: Request) -> Estimate:
         alone = asked.with_(phase=None, gpu=None, max_ctx=False, max_batch=False)
         parts = tuple((name, estimate_of(part, alone)) for name, part in model.components)
         return pipeline.total(model.checkpoint.id, parts, model.warnings)
-    if asked.method == "auto" and not model.architecture.layer_kinds:
+    if asked.method == "auto" and not model.architecture.closed_form:
         asked = asked.with_(method="simulate")  # no formula knows it
     request, notes = resolve(model.architecture, asked)
     ruled = guide_items(model, request)
@@ -234,7 +234,7 @@ def _estimate(
 def _assumptions(model: Model, found: Estimate) -> list[str]:
     """What the same request takes where an assumption that people can't see does not hold."""
     request = found.request
-    if model.components or request.method == "guide" or not model.architecture.layer_kinds:
+    if model.components or request.method == "guide" or not model.architecture.closed_form:
         return []
     inference, simulated = request.mode == "inference", request.method == "simulate"
 

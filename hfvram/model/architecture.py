@@ -73,6 +73,8 @@ class Architecture:
     """Bytes of each stored tensor that is loaded, where a quantized checkpoint's headers were read."""
     unquantized: tuple[str, ...] = ()
     """Parts of module names that the checkpoint's quantization leaves alone."""
+    closed_form: bool = True
+    """False where only the model's own code says what it takes: its layers are counted, not understood."""
     warnings: tuple[str, ...] = ()
 
     def stack(self, name: str) -> Stack:

@@ -98,6 +98,7 @@ def by_its_code(checkpoint: Checkpoint, unknown: HfvramError) -> Architecture:
         dtype=dtype,
         tied_head=generates,
         quantization=method(checkpoint.config)[0],
+        closed_form=False,
         warnings=(f"{unknown.message} to the formulas: its own code says what it takes",),
     )
 

@@ -67,7 +67,7 @@ def identify(checkpoint: Checkpoint, architecture: Architecture | None = None) -
     """
     architecture = architecture or infer(checkpoint.config, generation=checkpoint.generation_config)
     warnings = [*checkpoint.warnings, *architecture.warnings]
-    source: Counted = "closed form" if architecture.layer_kinds else "meta device"
+    source: Counted = "closed form" if architecture.closed_form else "meta device"
     parameters = architecture.parameters
     by_dtype = checkpoint.parameters_by_dtype
     if checkpoint.tensors is not None:
