@@ -21,9 +21,9 @@ from transformers.models.auto import modeling_auto
 from hfvram.model.families import MODULES
 
 TARGET = Path(__file__).parent.parent / "hfvram/model/families/defaults.json"
-# Keys that say nothing about sizes: losses, dropout, generation, processors.
+# Keys that say nothing about sizes: losses, generation, processors. Dropout's rates are kept: its masks are.
 LEFT_OUT = re.compile(
-    r"token_id|_token_index|dropout|drop_rate|initializer|_eps$|^eps$|epsilon|loss|^output_|^return_dict|pdrop|_std$|"
+    r"token_id|_token_index|classifier_dropout|drop_rate|initializer|_eps$|^eps$|epsilon|loss|^output_|^return_dict|_std$|"
     r"pretraining_tp|_coef|^is_|chunk_size_feed|summary_|_multiplier$|clip_min|scale_factor|^transformers_version|"
     r"problem_type|^mask_|apply_spec|codevector|_token$|^rope_theta$|^std_|_fixed_|jitter|ctc_|^architectures$|theta|^dtype$"
 )

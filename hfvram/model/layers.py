@@ -309,6 +309,15 @@ class MixtureOfExperts:
     """Router, shared experts and the fused tensors of kind `experts`, whose first dimension is the experts'."""
 
 
+@dataclass(frozen=True, slots=True)
+class Dropout:
+    """Shares that are dropped while training: of the embeddings, of attention's weights, of what joins the residual."""
+
+    embedding: float = 0.0
+    attention: float = 0.0
+    residual: float = 0.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
     """One block of a stack, in the order in which data passes it."""
@@ -328,6 +337,8 @@ class Layer:
     """Copies of the residual that are kept and mixed (DeepSeek-V4's hyper-connections)."""
     residual_fp32: bool = False
     """The residual stream is fp32 whatever the weights are (`residual_in_fp32` of Mamba and Mamba-2)."""
+    dropout: Dropout = Dropout()
+    """Of the model that it belongs to."""
     params: tuple[Param, ...] = ()
     """Norms and whatever else belongs to no part of it."""
 

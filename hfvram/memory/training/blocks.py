@@ -21,6 +21,20 @@ ROTARY = Tag("rotary embedding, temporaries", "activations", "b·s·a·d·e", "t
 ACTIVATION = Tag("feed-forward, activation function", "activations", "b·s·f·e", ACTIVATIONS)
 
 NormKind = Literal["rms", "layer"]
+NormCode = Literal["weight last", "weight in fp32", "plus one"]
+"""An RMSNorm's weight: after the cast back (Llama), before it (OLMo-2), or in fp32 with one added (Gemma)."""
+
+
+def normalize(t: Tape, x: Tensor, weights: tuple[Tensor, ...], kind: NormKind, code: NormCode = "weight last") -> Tensor:
+    """The norm of a layer: its weight and, for LayerNorm, its bias."""
+    if kind == "layer":
+        return op.layer_norm(t, x, weights[0], weights[1] if len(weights) > 1 else None, NORMED)
+    weight = weights[0] if weights else None
+    if code == "plus one":
+        return _gemma_norm(t, x, weights[0])
+    if code == "weight in fp32":
+        return _fp32_norm(t, x, weights[0])
+    return rms_norm(t, x, weight)
 
 
 def rms_norm(t: Tape, x: Tensor, weight: Tensor | None) -> Tensor:
@@ -34,11 +48,26 @@ def rms_norm(t: Tape, x: Tensor, weight: Tensor | None) -> Tensor:
     return op.mul(t, weight, op.to(t, x, dtype, NORMED), NORMED)
 
 
-def normalize(t: Tape, x: Tensor, weights: tuple[Tensor, ...], kind: NormKind) -> Tensor:
-    """The norm of a layer: its weight and, for LayerNorm, its bias."""
-    if kind == "layer":
-        return op.layer_norm(t, x, weights[0], weights[1] if len(weights) > 1 else None, NORMED)
-    return rms_norm(t, x, weights[0] if weights else None)
+def _fp32_norm(t: Tape, x: Tensor, weight: Tensor) -> Tensor:
+    """Weighted in fp32, then cast back."""
+    dtype = x.dtype
+    x = op.to(t, x, "fp32", NORM)
+    variance = op.mean(t, op.power(t, x, NORM), VARIANCE)
+    x = op.mul(t, x, op.rsqrt(t, op.shift(t, variance, VARIANCE), VARIANCE), NORM)
+    return op.to(t, op.mul(t, weight, x, NORM), dtype, NORMED)
+
+
+def _gemma_norm(t: Tape, x: Tensor, weight: Tensor) -> Tensor:
+    """The whole norm in fp32, its weight with one added in fp32, too."""
+    out = _normed(t, op.to(t, x, "fp32", NORM))
+    out = op.mul(t, out, op.shift(t, op.to(t, weight, "fp32", NORM), NORM), NORM)
+    return op.to(t, out, x.dtype, NORMED)
+
+
+def _normed(t: Tape, x: Tensor) -> Tensor:
+    return op.mul(
+        t, x, op.rsqrt(t, op.shift(t, op.mean(t, op.power(t, x, NORM), VARIANCE), VARIANCE), VARIANCE), NORM
+    )
 
 
 def rotate_half(t: Tape, x: Tensor) -> Tensor:

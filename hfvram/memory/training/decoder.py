@@ -8,6 +8,7 @@ from hfvram.memory.training import operators as op
 from hfvram.memory.training.attention import attention
 from hfvram.memory.training.blocks import HIDDEN, normalize, unknown
 from hfvram.memory.training.feed_forward import feed_forward
+from hfvram.memory.training.kinds import kind_of
 from hfvram.memory.training.states import Blocks, States, Weights
 from hfvram.memory.training.surroundings import Surroundings, surround
 from hfvram.memory.training.tape import Tape
@@ -18,6 +19,7 @@ from hfvram.request import Request
 
 LOSS = "transformers 5.17: loss_utils.py ForCausalLMLoss"
 EMBEDDED = Tag("embeddings", "activations", "b·s·h·e", "transformers 5.17: LlamaModel.forward")
+DROPPED = Tag("dropout before the residual", "activations", "b·s·h·e", "PyTorch 2.11: native/cuda/Dropout.cu")
 LOGITS = Tag("logits", "activations", "b·s·V·e", "transformers 5.17: LlamaForCausalLM.forward")
 WIDE_LOGITS = Tag("logits in fp32", "activations", "b·s·V·4", LOSS)
 LOG_PROBABILITIES = Tag("log-probabilities", "activations", "b·s·V·4", "PyTorch 2.11: log_softmax")
@@ -37,6 +39,10 @@ def forward(
     table = states.head[0].tensor if states.head else states.before[0].tensor
     bias = states.head[1].tensor if len(states.head) > 1 else None
     logits = op.linear(t, hidden, table, bias, LOGITS)
+    if architecture.logits_softcap:
+        logits = op.scale(t, logits, LOGITS)
+        logits = op.of_output(t, logits, LOGITS)
+        logits = op.scale(t, logits, LOGITS)
     return causal_loss(t, logits, ids), logits
 
 
@@ -49,14 +55,17 @@ def decode(
     request: Request,
 ) -> Tensor:
     """Hidden states of every token, normed. The embeddings are held to the end."""
+    kind = kind_of(architecture)
     embedded = op.embedding(t, ids, states.before[0].tensor, EMBEDDED)
-    around = Surroundings(architecture.class_name, request.attention, ids.shape[0], ids.shape[1])
-    around.positions = _positions(t, around)
-    surround(t, [layer for layer, _ in layers], around, embedded.dtype)
+    if kind.scaled:
+        embedded = op.scale(t, embedded, EMBEDDED)
+    around = Surroundings(architecture.class_name, kind, request)
+    surround(t, [layer for layer, _ in layers], around, ids, embedded.dtype)
     hidden = embedded
     for (layer, segment), blocks in zip(layers, states.layers, strict=True):
         if segment != t.segment:
             t.enter(segment)
+        around.dropout = layer.dropout
         if request.gradient_checkpointing:
             hidden = _checkpointed(t, layer, blocks, hidden, around)
         else:
@@ -64,7 +73,7 @@ def decode(
     t.enter(None)
     if architecture.final_norm:
         weights = tuple([leaf.tensor for leaf in states.after if leaf.param.kind == "norm"])
-        hidden = normalize(t, hidden, weights, architecture.final_norm)
+        hidden = normalize(t, hidden, weights, architecture.final_norm, kind.norm)
     del embedded
     return hidden
 
@@ -73,46 +82,33 @@ def _checkpointed(t: Tape, layer: Layer, blocks: Blocks, hidden: Tensor, around:
     return t.checkpoint(lambda: run_layer(t, layer, blocks, hidden, around))
 
 
-def _positions(t: Tape, around: Surroundings) -> Tensor:
-    """Counted once, and looked through for sequences that are packed into one."""
-    b, s = around.batch, around.tokens
-    count = t.new((s,), "int64", None, LABELS)
-    positions = t.new((s,), "int64", None, LABELS)
-    del count
-    before = t.new((b, 1), "int64")
-    joined = t.new((b, s + 1), "int64")
-    steps = t.new((b, s), "int64")
-    del joined
-    starts = t.new((b, s), "bool")
-    packed = t.new((b, s), "int64")
-    del starts
-    t.timeline.free(t.timeline.alloc(b, LABELS), t.timeline.alloc(1, LABELS))
-    del before, steps, packed
-    return positions
-
-
 def run_layer(t: Tape, layer: Layer, blocks: Blocks, hidden: Tensor, around: Surroundings) -> Tensor:
     """One layer over the residual stream."""
-    if layer.parallel or layer.norm_position != "pre" or layer.streams > 1 or layer.residual_fp32 or layer.keeps:
+    if layer.parallel or layer.streams > 1 or layer.residual_fp32 or layer.keeps:
         raise unknown(f"a layer of {around.class_name}")
-    own = Weights(blocks.own)
-    size = len(blocks.own) // (len(layer.mixers) + (layer.feed_forward is not None))
-    for mixer, leaves in zip(layer.mixers, blocks.mixers, strict=True):
-        if not isinstance(mixer, Attention):
-            raise unknown(f"{mixer.kind} of {around.class_name}")
-        residual = hidden
-        hidden = normalize(t, hidden, tuple([own.take() for _ in range(size)]), layer.norm)
-        hidden = attention(t, mixer, Weights(leaves), hidden, around)
-        hidden = op.add(t, residual, hidden, HIDDEN)
-    feed = layer.feed_forward
-    if feed is not None:
-        if not isinstance(feed, FeedForward):
-            raise unknown(f"a mixture of experts of {around.class_name}")
-        residual = hidden
-        hidden = normalize(t, hidden, tuple([own.take() for _ in range(size)]), layer.norm)
-        hidden = feed_forward(t, feed, Weights(blocks.feed_forward), hidden)
-        hidden = op.add(t, residual, hidden, HIDDEN)
-    return hidden
+    own, code, p = Weights(blocks.own), around.kind.norm, layer.dropout.residual
+    parts = len(layer.mixers) + (layer.feed_forward is not None)
+    size = len(blocks.own) // (parts * (2 if layer.norm_position == "both" else 1))
+    (mixer,), (leaves,) = layer.mixers, blocks.mixers
+    if not isinstance(mixer, Attention):
+        raise unknown(f"{mixer.kind} of {around.class_name}")
+    if not isinstance(layer.feed_forward, FeedForward):
+        raise unknown(f"the feed-forward of {around.class_name}")
+    before, after = layer.norm_position != "post", layer.norm_position != "pre"
+    residual = hidden
+    if before:
+        hidden = normalize(t, hidden, own.norm(size), layer.norm, code)
+    hidden = attention(t, mixer, Weights(leaves), hidden, around)
+    if after:
+        hidden = normalize(t, hidden, own.norm(size), layer.norm, code)
+    hidden = op.add(t, residual, op.dropout(t, hidden, p, DROPPED), HIDDEN)
+    residual = hidden
+    if before:
+        hidden = normalize(t, hidden, own.norm(size), layer.norm, code)
+    hidden = feed_forward(t, layer.feed_forward, Weights(blocks.feed_forward), hidden)
+    if after:
+        hidden = normalize(t, hidden, own.norm(size), layer.norm, code)
+    return op.add(t, residual, op.dropout(t, hidden, p, DROPPED), HIDDEN)
 
 
 def causal_loss(t: Tape, logits: Tensor, ids: Tensor) -> Tensor:

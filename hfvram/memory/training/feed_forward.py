@@ -5,7 +5,7 @@ Source: transformers 5.17, models/llama/modeling_llama.py `LlamaMLP.forward`, mo
 
 from hfvram.memory.timeline import Tag
 from hfvram.memory.training import operators as op
-from hfvram.memory.training.blocks import activate, unknown
+from hfvram.memory.training.blocks import activate
 from hfvram.memory.training.states import Weights
 from hfvram.memory.training.tape import Tape
 from hfvram.memory.training.tensors import Tensor
@@ -20,7 +20,10 @@ DOWN = Tag("feed-forward, output", "activations", "b·s·h·e", MLP)
 def feed_forward(t: Tape, part: FeedForward, w: Weights, x: Tensor) -> Tensor:
     """down(act(gate(x)) · up(x)), or down(act(up(x)))."""
     if part.gated and part.fused_gate_up:
-        raise unknown("a fused gate")
+        both = w.linear(t, x, WIDE)
+        gate, up = op.split(t, both, -1, part.intermediate_size, part.intermediate_size)
+        product = op.mul(t, up, activate(t, gate, part.activation), PRODUCT)
+        return w.linear(t, product, DOWN)
     if part.gated:
         return _gated(t, part, w, x)
     return w.linear(t, activate(t, w.linear(t, x, WIDE), part.activation), DOWN)

@@ -57,14 +57,14 @@ def _permuted(order: Shape, t: Tape, saved: Saved, grads: Grads) -> Found:
     return (_permute(first(grads), [order.index(i) for i in range(len(order))]),)
 
 
-def reshape(t: Tape, x: Tensor, *shape: int) -> Tensor:
+def reshape(t: Tape, x: Tensor, *shape: int, tag: Tag | None = None) -> Tensor:
     """Another shape: a view where the strides allow it, else of a copy. One size may be -1."""
     if -1 in shape:
         rest = -prod(shape)
         shape = tuple([x.numel // rest if n == -1 else n for n in shape])
     strides = viewed(x.shape, x.strides, shape)
     if strides is None:
-        x = clone(t, x, dense=True)
+        x = clone(t, x, True, tag)
         strides = contiguous(shape)
     node = t.record(partial(_reshaped, x.shape), (x,))
     return attach(x.as_(shape, strides), node)

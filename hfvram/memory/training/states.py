@@ -27,30 +27,28 @@ class Leaf:
 
 
 class Weights:
-    """The leaves of one part of a layer, handed out in order, by kind. A fresh one for each pass."""
+    """The leaves of one part of a layer, handed out in order: norms, and all others. A fresh one for each pass."""
 
-    __slots__ = ("at", "leaves")
+    __slots__ = ("norms", "rest")
 
     def __init__(self, leaves: Sequence[Leaf]) -> None:
-        self.leaves = leaves
-        self.at = 0
+        self.norms = [leaf.tensor for leaf in reversed(leaves) if leaf.param.kind == "norm"]
+        self.rest = [leaf for leaf in reversed(leaves) if leaf.param.kind != "norm"]
+
+    def norm(self, tensors: int = 1) -> tuple[Tensor, ...]:
+        """The next norm's weight, or its weight and its bias."""
+        return tuple([self.norms.pop() for _ in range(tensors)])
 
     def take(self) -> Tensor:
-        """The next parameter, whatever it is."""
-        leaf = self.leaves[self.at]
-        self.at += 1
-        return leaf.tensor
-
-    def next_is(self, *kinds: str) -> bool:
-        """Whether there is a next parameter, of one of these kinds."""
-        return self.at < len(self.leaves) and self.leaves[self.at].param.kind in kinds
+        """The next parameter that is no norm's."""
+        return self.rest.pop().tensor
 
     def linear(self, t: Tape, x: Tensor, tag: Tag | None = None) -> Tensor:
         """The next linear layer over x: its weight and, where it has one, its bias."""
-        if not self.next_is("linear", "linear_subclass", "head"):
+        if not self.rest or self.rest[-1].param.kind not in ("linear", "linear_subclass", "head"):
             raise unknown("a layer whose parameters stand in another order than its code takes them")
         weight = self.take()
-        bias = self.take() if self.next_is("bias") else None
+        bias = self.take() if self.rest and self.rest[-1].param.kind == "bias" else None
         if weight.shape[1] != x.shape[-1]:
             raise unknown("a layer whose parameters stand in another order than its code takes them")
         return op.linear(t, x, weight, bias, tag)

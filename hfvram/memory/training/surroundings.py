@@ -3,42 +3,104 @@
 from dataclasses import dataclass, field
 
 from hfvram.memory.timeline import Tag
-from hfvram.memory.training.blocks import unknown
+from hfvram.memory.training.kinds import Kind
 from hfvram.memory.training.tape import Tape
 from hfvram.memory.training.tensors import Tensor
-from hfvram.model.layers import Attention, Layer
+from hfvram.model.layers import Attention, Dropout, Layer
+from hfvram.request import Request
 
 ROPE = "transformers 5.17: LlamaRotaryEmbedding.forward"
 ANGLES = Tag("rotary angles", "activations", "s·d·e", ROPE)
+POSITIONS = Tag("positions", "activations", "s·8", "transformers 5.17: LlamaModel.forward")
 MASK = Tag("attention mask", "activations", "b·s·t", "transformers 5.17: masking_utils.py")
 
 
 @dataclass(slots=True)
 class Surroundings:
-    """Angles by rotary size, masks by window (None for none); `attention` is what was asked for."""
+    """Angles by rotary size, masks by window (None for none); `request` is what was asked for, `kind` the type's code."""
 
     class_name: str
-    attention: str
-    batch: int
-    tokens: int
+    kind: Kind
+    request: Request
     rotary: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     positions: Tensor | None = None
     masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+    dropout: Dropout = field(default_factory=Dropout)
 
     def angles(self, part: Attention) -> tuple[Tensor, Tensor]:
         """Cosines and sines for this layer's heads, (1, 1, s, d)."""
         assert part.rotary is not None
         return self.rotary[part.rotary.dim]
 
+    def eager(self, part: Attention) -> bool:
+        """Whether attention is written out, as asked or because the code can't do anything else."""
+        asked = self.request.attention
+        return (asked if asked in part.implementations else part.implementations[0]) == "eager"
 
-def surround(t: Tape, layers: list[Layer], found: Surroundings, dtype: str) -> None:
+
+def surround(t: Tape, layers: list[Layer], found: Surroundings, ids: Tensor, dtype: str) -> None:
     """Make what the layers need, in the order of the model's code."""
     mixers = {id(m): m for x in layers for m in x.mixers}.values()
     parts = [m for m in mixers if isinstance(m, Attention)]
-    if len(parts) != len(mixers):
-        raise unknown(f"a mixer of {found.class_name}")
+    b, s = ids.shape
+    count = t.new((s,), "int64", None, POSITIONS)
+    found.positions = t.new((s,), "int64", None, POSITIONS)
+    del count
+    windows = {m.window: m for m in parts}
+    for _ in windows:
+        _packed(t, b, s)
+    for window in sorted(windows, key=lambda w: w or 0):
+        found.masks[window] = _mask(t, window, found.eager(windows[window]), b, s, dtype)
     for dim in sorted({m.rotary.dim for m in parts if m.rotary}):
-        found.rotary[dim] = _angles(t, found.tokens, dim, dtype)
+        found.rotary[dim] = _angles(t, s, dim, dtype)
+
+
+def _packed(t: Tape, b: int, s: int) -> None:
+    """Whether several sequences are packed into one is looked for in the positions."""
+    before = t.new((b, 1), "int64", None, POSITIONS)
+    joined = t.new((b, s + 1), "int64", None, POSITIONS)
+    steps = t.new((b, s), "int64", None, POSITIONS)
+    del joined
+    starts = t.new((b, s), "bool", None, POSITIONS)
+    packed = t.new((b, s), "int64", None, POSITIONS)
+    del starts
+    t.timeline.free(t.timeline.alloc(b, POSITIONS), t.timeline.alloc(1, POSITIONS))
+    del before, steps, packed
+
+
+def _mask(t: Tape, window: int | None, eager: bool, b: int, s: int, dtype: str) -> Tensor | None:
+    """Booleans for SDPA where a window is reached, an additive one of (b, 1, s, s) for eager attention."""
+    if not eager and (window is None or s < window):
+        return None
+    rows, heads = t.new((b,), "int64", None, MASK), t.new((1,), "int64", None, MASK)
+    count = t.new((s,), "int64", None, MASK)
+    queries = t.new((s,), "int64", None, MASK)
+    del count
+    count = t.new((s,), "int64", None, MASK)
+    keys = t.new((s,), "int64", None, MASK)
+    del count
+    square = (1, 1, s, s)
+    within = None
+    if window is not None and (window <= s or eager):
+        one = t.new((), "bool", None, MASK)
+        edge = t.new((s,), "int64", None, MASK)
+        near = t.new(square, "bool", None, MASK)
+        del edge
+        within = t.new(square, "bool", None, MASK)
+        del near, one
+    seen = t.new(square, "bool", None, MASK)
+    if within is not None:
+        both = t.new(square, "bool", None, MASK)
+        del within
+        seen = both
+        del both
+    del rows, heads, queries, keys
+    if eager:
+        number = t.new((), dtype, None, MASK)
+        mask = t.new((b, 1, s, s), dtype, None, MASK)
+        del number, seen
+        return mask
+    return seen.as_((b, 1, s, s), (0, s * s, s, 1))
 
 
 def _angles(t: Tape, s: int, dim: int, dtype: str) -> tuple[Tensor, Tensor]:

@@ -6,10 +6,12 @@ them from its start; of accumulated batches the second stands for all later ones
 
 from collections.abc import Iterable
 
+from hfvram.errors import HfvramError
 from hfvram.memory.forward import Forward
 from hfvram.memory.generation import generation
 from hfvram.memory.inference import symbols
 from hfvram.memory.timeline import Tag, Timeline
+from hfvram.memory.training import operators as op
 from hfvram.memory.training.blocks import unknown
 from hfvram.memory.training.decoder import forward
 from hfvram.memory.training.optimizers import Optimizer, in_layers, kept_bytes, managed_bytes
@@ -24,6 +26,7 @@ from hfvram.model.layers import Layer
 from hfvram.request import Request
 
 STEPS = 2
+SCALE = Tag("loss scale", "activations", "4", "PyTorch 2.11: torch/amp/grad_scaler.py")
 IDS = Tag("token ids", "inputs", "b·s·8", "the batch", "exact")
 
 
@@ -58,11 +61,11 @@ def refuse(architecture: Architecture, request: Request) -> None:
         raise unknown(f"--mode {request.mode}")
     if architecture.task != "causal":
         raise unknown(architecture.class_name)
-    if request.mixed_precision != "no":
-        raise unknown(f"--mixed-precision {request.mixed_precision}")
+    if request.mixed_precision == "fp16" and request.dtype == "fp16":
+        raise HfvramError("usage", "--mixed-precision fp16 can't train fp16 weights: valid are --dtype fp32 and bf16")
     if request.padding:
         raise unknown("--padding")
-    if request.attention != "sdpa":
+    if request.attention not in ("sdpa", "eager"):
         raise unknown(f"--attention {request.attention}")
 
 
@@ -76,18 +79,24 @@ def _steps(
     request: Request,
 ) -> None:
     t, leaves = tape.timeline, states.trained()
+    precision = None if request.mixed_precision == "no" else request.mixed_precision
+    scale = tape.new((), "fp32", None, SCALE) if precision == "fp16" else None
     tensors = sum(p.kind != "buffer" for p in architecture.all_params)
     for _ in range(STEPS):
         for _ in range(min(request.grad_accum, 2)):
             tape.mark("forward")
+            tape.autocast = precision
             loss, logits = forward(tape, architecture, states, layers, ids, request)
+            scaled = loss if scale is None else op.mul(tape, loss, scale, SCALE)
+            tape.autocast = None
+            tape.casts.clear()
             _label(t, t.live(len(t.events)), "saved activations")
             tape.mark("backward")
             before = len(t.sizes)
-            tape.backward(loss)
+            tape.backward(scaled)
             tape.enter(None)
             _label(t, range(before, len(t.sizes)), "recomputed")
-            del loss, logits
+            del loss, logits, scaled
         tape.mark("clipping")
         clip(tape, leaves, tensors)
         tape.mark("optimizer step")

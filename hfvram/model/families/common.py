@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from hfvram.errors import HfvramError, printable
 from hfvram.model.config import Config
-from hfvram.model.layers import Param, Rotary, linear
+from hfvram.model.layers import Dropout, Param, Rotary, linear
 
 DTYPES = {
     "bfloat16": "bf16",
@@ -105,3 +105,13 @@ def layer_kinds(config: Config, layers: int, known: tuple[str, ...] = KINDS) -> 
             what = f"layer kind {printable(kind, 40)!r} of {config.model_type}"
             raise HfvramError("unknown_architecture", f"{what} is not known")
     return kinds[:layers]
+
+
+def dropout_of(config: Config) -> Dropout:
+    """The shares that are dropped while training, by the names that the families have for them."""
+    embedding = config.number("embd_pdrop", "embed_pdrop", "embedding_dropout", default=0.0)
+    attention = config.number("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", default=0.0)
+    residual = config.number(
+        "resid_pdrop", "residual_dropout", "hidden_dropout", "hidden_dropout_prob", "dropout_rate", "dropout", default=0.0
+    )
+    return Dropout(embedding, attention, residual)

@@ -12,7 +12,7 @@ from hfvram.errors import HfvramError
 from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.config import Config
 from hfvram.model.families import blocks
-from hfvram.model.families.common import rotary
+from hfvram.model.families.common import dropout_of, rotary
 from hfvram.model.families.decoder import around
 from hfvram.model.families.defaults import class_of, known, prefix_of
 from hfvram.model.layers import FeedForward, Layer, Param, Rotary, norm
@@ -45,12 +45,14 @@ def whole(config: Config, class_name: str | None, decoders: Mapping[str, Build])
     class_name = class_of(config, class_name)
     prefix, hidden = prefix_of(config, class_name), config.size("n_embed", "hidden_size")
     decoder = decoders[config.model_type](config, hidden)
+    dropout = dropout_of(config)
+    dropping = {id(x): replace(x, dropout=dropout) for x in decoder.layers}
     stack = Stack(
         name="text",
         prefix=f"{prefix}{decoder.module}",
         hidden_size=hidden,
         before=tuple(replace(p, name=prefix + p.name) for p in decoder.before),
-        layers=decoder.layers,
+        layers=tuple(dropping[id(x)] for x in decoder.layers),
         after=tuple(replace(p, name=prefix + p.name) for p in decoder.after),
     )
     return around(

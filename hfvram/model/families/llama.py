@@ -11,7 +11,7 @@ from hfvram.errors import HfvramError, printable
 from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.config import Config
 from hfvram.model.families import blocks
-from hfvram.model.families.common import head_sizes, rotary
+from hfvram.model.families.common import dropout_of, head_sizes, rotary
 from hfvram.model.families.decoder import around
 from hfvram.model.families.defaults import opened
 from hfvram.model.families.styles import STYLES, Style, flag, rope_layers, windows
@@ -68,6 +68,7 @@ def stack(config: Config, prefix: str, feed: Feed | None = None, attend: Attend 
             norm_position=style.norm_position,
             keeps=style.keeps,
             parallel=flag(config, style.parallel),
+            dropout=dropout_of(config),
             params=params,
         )
 
