@@ -20,12 +20,16 @@ VARIANCE = Tag("normalization, deviation", "activations", "b·s·4", "transforme
 ROTARY = Tag("rotary embedding, temporaries", "activations", "b·s·a·d·e", "transformers 5.17: apply_rotary_pos_emb")
 ACTIVATION = Tag("feed-forward, activation function", "activations", "b·s·f·e", ACTIVATIONS)
 
+DROPPED = Tag("dropout before the residual", "activations", "b·s·h·e", "PyTorch 2.11: native/cuda/Dropout.cu")
+
 NormKind = Literal["rms", "layer"]
 NormCode = Literal["weight last", "weight in fp32", "plus one"]
 """An RMSNorm's weight: after the cast back (Llama), before it (OLMo-2), or in fp32 with one added (Gemma)."""
 
 
-def normalize(t: Tape, x: Tensor, weights: tuple[Tensor, ...], kind: NormKind, code: NormCode = "weight last") -> Tensor:
+def normalize(
+    t: Tape, x: Tensor, weights: tuple[Tensor, ...], kind: NormKind, code: NormCode = "weight last"
+) -> Tensor:
     """The norm of a layer: its weight and, for LayerNorm, its bias."""
     if kind == "layer":
         return op.layer_norm(t, x, weights[0], weights[1] if len(weights) > 1 else None, NORMED)
@@ -65,9 +69,7 @@ def _gemma_norm(t: Tape, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _normed(t: Tape, x: Tensor) -> Tensor:
-    return op.mul(
-        t, x, op.rsqrt(t, op.shift(t, op.mean(t, op.power(t, x, NORM), VARIANCE), VARIANCE), VARIANCE), NORM
-    )
+    return op.mul(t, x, op.rsqrt(t, op.shift(t, op.mean(t, op.power(t, x, NORM), VARIANCE), VARIANCE), VARIANCE), NORM)
 
 
 def rotate_half(t: Tape, x: Tensor) -> Tensor:
@@ -85,6 +87,18 @@ def rotate(t: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Ten
     return q_embed, k_embed
 
 
+def rotate_part(t: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys of which the first elements of each head are rotated, and joined with the rest by a copy."""
+    size, rest = cos.shape[-1], q.shape[-1] - cos.shape[-1]
+    q_rot, q_pass = op.narrow(t, q, 3, size), op.narrow(t, q, 3, rest)
+    k_rot, k_pass = op.narrow(t, k, 3, size), op.narrow(t, k, 3, rest)
+    q_embed = op.add(t, op.mul(t, q_rot, cos, ROTARY), op.mul(t, rotate_half(t, q_rot), sin, ROTARY), ROTARY)
+    k_embed = op.add(t, op.mul(t, k_rot, cos, ROTARY), op.mul(t, rotate_half(t, k_rot), sin, ROTARY), ROTARY)
+    q_embed = op.cat(t, (q_embed, q_pass), -1, ROTARY)
+    k_embed = op.cat(t, (k_embed, k_pass), -1, ROTARY)
+    return q_embed, k_embed
+
+
 OF_INPUT: Final = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "mish", "gelu_10")
 OF_OUTPUT: Final = ("relu", "tanh", "sigmoid")
 
@@ -95,7 +109,25 @@ def activate(t: Tape, x: Tensor, name: str) -> Tensor:
         return op.of_input(t, x, ACTIVATION)
     if name in OF_OUTPUT:
         return op.of_output(t, x, ACTIVATION)
+    if name in ("gelu_new", "gelu_python_tanh"):
+        return _gelu_new(t, x)
+    if name == "relu2":
+        return op.power(t, op.of_output(t, x, ACTIVATION), ACTIVATION)
     raise unknown(f"activation {printable(name, 40)}")
+
+
+def _gelu_new(t: Tape, x: Tensor) -> Tensor:
+    """0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³)))."""
+    return op.mul(
+        t,
+        op.scale(t, x, ACTIVATION),
+        op.shift(t, op.of_output(t, _inner(t, x), ACTIVATION), ACTIVATION),
+        ACTIVATION,
+    )
+
+
+def _inner(t: Tape, x: Tensor) -> Tensor:
+    return op.scale(t, op.add(t, x, op.scale(t, op.power(t, x, ACTIVATION), ACTIVATION), ACTIVATION), ACTIVATION)
 
 
 def unknown(what: str) -> HfvramError:

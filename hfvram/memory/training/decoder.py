@@ -3,23 +3,26 @@
 Source: transformers 5.17, models/llama/modeling_llama.py, loss/loss_utils.py `ForCausalLMLoss`.
 """
 
+from collections.abc import Callable
+from typing import Final
+
 from hfvram.memory.timeline import Tag
+from hfvram.memory.training import gpt
 from hfvram.memory.training import operators as op
 from hfvram.memory.training.attention import attention
-from hfvram.memory.training.blocks import HIDDEN, normalize, unknown
+from hfvram.memory.training.blocks import DROPPED, HIDDEN, normalize, unknown
 from hfvram.memory.training.feed_forward import feed_forward
 from hfvram.memory.training.kinds import kind_of
 from hfvram.memory.training.states import Blocks, States, Weights
-from hfvram.memory.training.surroundings import Surroundings, surround
+from hfvram.memory.training.surroundings import Surroundings, positions, surround
 from hfvram.memory.training.tape import Tape
 from hfvram.memory.training.tensors import Tensor
 from hfvram.model.architecture import Architecture
-from hfvram.model.layers import Attention, FeedForward, Layer
+from hfvram.model.layers import Attention, Dropout, FeedForward, Layer
 from hfvram.request import Request
 
 LOSS = "transformers 5.17: loss_utils.py ForCausalLMLoss"
 EMBEDDED = Tag("embeddings", "activations", "b·s·h·e", "transformers 5.17: LlamaModel.forward")
-DROPPED = Tag("dropout before the residual", "activations", "b·s·h·e", "PyTorch 2.11: native/cuda/Dropout.cu")
 LOGITS = Tag("logits", "activations", "b·s·V·e", "transformers 5.17: LlamaForCausalLM.forward")
 WIDE_LOGITS = Tag("logits in fp32", "activations", "b·s·V·4", LOSS)
 LOG_PROBABILITIES = Tag("log-probabilities", "activations", "b·s·V·4", "PyTorch 2.11: log_softmax")
@@ -60,16 +63,26 @@ def decode(
     if kind.scaled:
         embedded = op.scale(t, embedded, EMBEDDED)
     around = Surroundings(architecture.class_name, kind, request)
-    surround(t, [layer for layer, _ in layers], around, ids, embedded.dtype)
+    around.dropout = layers[0][0].dropout if layers else Dropout()
     hidden = embedded
+    if kind.embedding == "normed":
+        hidden = normalize(t, embedded, (states.before[1].tensor, states.before[2].tensor), "layer")
+    if kind.embedding == "late positions":
+        surround(t, [layer for layer, _ in layers], around, ids, embedded.dtype)
+    if kind.embedding in ("positions", "late positions"):
+        places = around.positions or positions(t, around, ids)
+        learned = op.embedding(t, places.as_((1, ids.shape[1]), (ids.shape[1], 1)), states.before[1].tensor, EMBEDDED)
+        hidden = op.add(t, embedded, learned, EMBEDDED)
+    if kind.embedding != "late positions":
+        surround(t, [layer for layer, _ in layers], around, ids, embedded.dtype)
+    hidden = op.dropout(t, hidden, around.dropout.embedding, EMBEDDED)
     for (layer, segment), blocks in zip(layers, states.layers, strict=True):
         if segment != t.segment:
             t.enter(segment)
-        around.dropout = layer.dropout
         if request.gradient_checkpointing:
             hidden = _checkpointed(t, layer, blocks, hidden, around)
         else:
-            hidden = run_layer(t, layer, blocks, hidden, around)
+            hidden = LAYERS[kind.layer](t, layer, blocks, hidden, around)
     t.enter(None)
     if architecture.final_norm:
         weights = tuple([leaf.tensor for leaf in states.after if leaf.param.kind == "norm"])
@@ -79,7 +92,7 @@ def decode(
 
 
 def _checkpointed(t: Tape, layer: Layer, blocks: Blocks, hidden: Tensor, around: Surroundings) -> Tensor:
-    return t.checkpoint(lambda: run_layer(t, layer, blocks, hidden, around))
+    return t.checkpoint(lambda: LAYERS[around.kind.layer](t, layer, blocks, hidden, around))
 
 
 def run_layer(t: Tape, layer: Layer, blocks: Blocks, hidden: Tensor, around: Surroundings) -> Tensor:
@@ -109,6 +122,14 @@ def run_layer(t: Tape, layer: Layer, blocks: Blocks, hidden: Tensor, around: Sur
     if after:
         hidden = normalize(t, hidden, own.norm(size), layer.norm, code)
     return op.add(t, residual, op.dropout(t, hidden, p, DROPPED), HIDDEN)
+
+
+LAYERS: Final[dict[str, Callable[[Tape, Layer, Blocks, Tensor, Surroundings], Tensor]]] = {
+    "residual": run_layer,
+    "held output": gpt.held_output,
+    "two branches": gpt.two_branches,
+    "with alibi": gpt.with_alibi,
+}
 
 
 def causal_loss(t: Tape, logits: Tensor, ids: Tensor) -> Tensor:

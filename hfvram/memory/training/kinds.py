@@ -4,7 +4,7 @@ Only types that were held against their own code, event by event, stand here; an
 """
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 from hfvram.memory.training.blocks import NormCode, unknown
 from hfvram.model.architecture import Architecture
@@ -15,6 +15,15 @@ class Kind:
     """How a type's code differs from Llama's."""
 
     norm: NormCode = "weight last"
+    layer: Literal["residual", "held output", "two branches", "with alibi"] = "residual"
+    embedding: Literal["tokens", "positions", "late positions", "normed"] = "tokens"
+    """Learned positions are added, before the mask is made or after it; or the embeddings are normed."""
+    interleaved: bool = False
+    """Queries, keys and values of a head lie side by side."""
+    counts: bool = True
+    """Positions are counted, and looked through for packed sequences."""
+    transposed: bool = False
+    """Linear layers are `Conv1D`."""
     scaled: bool = False
     """The embeddings are multiplied by a number."""
 
@@ -29,6 +38,10 @@ KINDS: Final[dict[str, Kind]] = {
     "qwen3": _LLAMA,
     "phi3": _LLAMA,
     "olmo2": Kind(norm="weight in fp32"),
+    "gpt2": Kind(layer="held output", embedding="positions", transposed=True),
+    "gpt_bigcode": Kind(layer="held output", embedding="late positions", interleaved=True),
+    "gpt_neox": Kind(layer="two branches"),
+    "bloom": Kind(layer="with alibi", embedding="normed", counts=False),
     "gemma": _GEMMA,
     "gemma2": _GEMMA,
 }

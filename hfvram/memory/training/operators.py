@@ -120,6 +120,14 @@ def _narrowed(shape: Shape, t: Tape, saved: Saved, grads: Grads) -> Found:
     return (t.new(shape, first(grads).dtype),)
 
 
+def select(t: Tape, x: Tensor, dim: int) -> Tensor:
+    """One place of a dimension, which goes; its gradient is as large as the whole."""
+    node = t.record(partial(_narrowed, x.shape), (x,))
+    shape, strides = list(x.shape), list(x.strides)
+    del shape[dim], strides[dim]
+    return attach(x.as_(tuple(shape), tuple(strides)), node)
+
+
 def split(t: Tape, x: Tensor, dim: int, *sizes: int) -> list[Tensor]:
     """Views of consecutive parts; their gradients are joined by a copy, zeros standing for those that never came."""
     dim %= len(x.shape)
@@ -359,7 +367,8 @@ def linear(t: Tape, x: Tensor, weight: Tensor, bias: Tensor | None = None, tag: 
     flat = x if len(shape) == 2 else reshape(t, x, -1, inputs)
     turned = turned or _turned(t, weight)
     operands = (flat, turned) if bias is None else (flat, turned, bias)
-    node = t.record(_linear, operands, flat if weight.node else None, weight if flat.node else None)
+    gradient = _linear if bias is None else _biased
+    node = t.record(gradient, operands, flat if weight.node else None, weight if flat.node else None)
     t.multiplies(biased=bias is not None)
     out = attach(t.new((flat.shape[0], outputs), x.dtype, None, tag), node)
     return out if len(shape) == 2 else reshape(t, out, *shape[:-1], outputs)
@@ -373,13 +382,60 @@ def _turned(t: Tape, weight: Tensor) -> Tensor:
 def _linear(t: Tape, saved: Saved, grads: Grads) -> Found:
     grad, (x, weight) = first(grads), saved
     t.multiplies()
-    return _products(t, grad, x, weight)
-
-
-def _products(t: Tape, grad: Tensor, x: Tensor | None, weight: Tensor | None) -> Found:
     of_weight = None if x is None else t.new((grad.shape[1], x.shape[1]), grad.dtype)
-    of_input = None if weight is None else t.new((grad.shape[0], weight.shape[1]), grad.dtype)
-    return of_input, of_weight, grad
+    return _of_input(t, grad, weight), of_weight
+
+
+def _biased(t: Tape, saved: Saved, grads: Grads) -> Found:
+    grad, (x, weight) = first(grads), saved
+    t.multiplies()
+    of_input = _of_input(t, grad, weight)
+    return of_input, None if x is None else t.new((grad.shape[1], x.shape[1]), grad.dtype), grad
+
+
+def _of_input(t: Tape, grad: Tensor, weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else t.new((grad.shape[0], weight.shape[1]), grad.dtype)
+
+
+def conv1d(t: Tape, x: Tensor, weight: Tensor, bias: Tensor, tag: Tag | None = None) -> Tensor:
+    """GPT-2's linear layer, whose weight lies as (inputs, outputs)."""
+    bias = low(t, bias)
+    inputs, outputs = weight.shape
+    flat = reshape(t, x, -1, inputs)
+    weight = low(t, weight)
+    flat = low(t, flat)
+    node = t.record(_conv1d, (flat, weight, bias), flat if weight.node else None, weight if flat.node else None)
+    t.multiplies(biased=True)
+    out = attach(t.new((flat.shape[0], outputs), flat.dtype, None, tag), node)
+    return reshape(t, out, *x.shape[:-1], outputs)
+
+
+def _conv1d(t: Tape, saved: Saved, grads: Grads) -> Found:
+    grad, (x, weight) = first(grads), saved
+    t.multiplies()
+    of_input = None if weight is None else t.new((grad.shape[0], weight.shape[0]), grad.dtype)
+    return of_input, None if x is None else t.new((x.shape[1], grad.shape[1]), grad.dtype), grad
+
+
+def tanh_gelu(t: Tape, x: Tensor, tag: Tag | None = None) -> Tensor:
+    """BLOOM's GELU, both ways written in Python: x · 0.5 · (1 + tanh(0.8·x·(1 + 0.04·x·x)))."""
+    node = t.record(_tanh_gelu, (x,))
+    halved = t.elementwise(t.elementwise(x, tag=tag), tag=tag)
+    slope = t.elementwise(x, tag=tag)
+    cube = t.elementwise(x, tag=tag)
+    cube = t.elementwise(t.elementwise(cube, tag=tag), tag=tag)
+    inner = t.elementwise(cube, tag=tag)
+    del cube, slope
+    inner = t.elementwise(t.elementwise(inner, tag=tag), tag=tag)
+    out = t.elementwise(halved, inner, tag=tag)
+    t.keep(node, x)
+    return attach(out, node)
+
+
+def _tanh_gelu(t: Tape, saved: Saved, grads: Grads) -> Found:
+    (x,) = saved
+    assert x is not None
+    return (t.elementwise(x),)
 
 
 def matmul(t: Tape, a: Tensor, b: Tensor, tag: Tag | None = None) -> Tensor:
@@ -393,6 +449,15 @@ def matmul(t: Tape, a: Tensor, b: Tensor, tag: Tag | None = None) -> Tensor:
     t.multiplies()
     out = attach(t.new((a.shape[0], a.shape[1], b.shape[2]), a.dtype, None, tag), node)
     return reshape(t, out, *batch, *out.shape[1:])
+
+
+def batched_product(t: Tape, a: Tensor, b: Tensor, tag: Tag | None = None) -> Tensor:
+    """`bmm`, or `baddbmm` onto what needs no gradient."""
+    b = low(t, b)
+    a = low(t, a)
+    node = t.record(_batched, (a, b), a if b.node else None, b if a.node else None)
+    t.multiplies()
+    return attach(t.new((a.shape[0], a.shape[1], b.shape[2]), a.dtype, None, tag), node)
 
 
 def _batched(t: Tape, saved: Saved, grads: Grads) -> Found:

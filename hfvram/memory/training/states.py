@@ -29,9 +29,11 @@ class Leaf:
 class Weights:
     """The leaves of one part of a layer, handed out in order: norms, and all others. A fresh one for each pass."""
 
-    __slots__ = ("norms", "rest")
+    __slots__ = ("norms", "rest", "transposed")
 
-    def __init__(self, leaves: Sequence[Leaf]) -> None:
+    def __init__(self, leaves: Sequence[Leaf], transposed: bool = False) -> None:
+        self.transposed = transposed
+        """Linear weights lie as (inputs, outputs): `Conv1D`."""
         self.norms = [leaf.tensor for leaf in reversed(leaves) if leaf.param.kind == "norm"]
         self.rest = [leaf for leaf in reversed(leaves) if leaf.param.kind != "norm"]
 
@@ -45,10 +47,13 @@ class Weights:
 
     def linear(self, t: Tape, x: Tensor, tag: Tag | None = None) -> Tensor:
         """The next linear layer over x: its weight and, where it has one, its bias."""
-        if not self.rest or self.rest[-1].param.kind not in ("linear", "linear_subclass", "head"):
+        kinds = [leaf.param.kind for leaf in self.rest[-2:]]
+        if not kinds or kinds[-1] not in ("linear", "linear_subclass", "head"):
             raise unknown("a layer whose parameters stand in another order than its code takes them")
         weight = self.take()
-        bias = self.take() if self.rest and self.rest[-1].param.kind == "bias" else None
+        bias = self.take() if kinds[0] == "bias" else None
+        if bias is not None and weight.shape == (x.shape[-1], bias.shape[0]) and self.transposed:
+            return op.conv1d(t, x, weight, bias, tag)
         if weight.shape[1] != x.shape[-1]:
             raise unknown("a layer whose parameters stand in another order than its code takes them")
         return op.linear(t, x, weight, bias, tag)

@@ -43,16 +43,24 @@ def surround(t: Tape, layers: list[Layer], found: Surroundings, ids: Tensor, dty
     mixers = {id(m): m for x in layers for m in x.mixers}.values()
     parts = [m for m in mixers if isinstance(m, Attention)]
     b, s = ids.shape
-    count = t.new((s,), "int64", None, POSITIONS)
-    found.positions = t.new((s,), "int64", None, POSITIONS)
-    del count
+    if found.positions is None and found.kind.counts:
+        positions(t, found, ids)
     windows = {m.window: m for m in parts}
-    for _ in windows:
-        _packed(t, b, s)
     for window in sorted(windows, key=lambda w: w or 0):
+        if found.kind.counts:
+            _packed(t, b, s)
         found.masks[window] = _mask(t, window, found.eager(windows[window]), b, s, dtype)
     for dim in sorted({m.rotary.dim for m in parts if m.rotary}):
         found.rotary[dim] = _angles(t, s, dim, dtype)
+
+
+def positions(t: Tape, found: Surroundings, ids: Tensor) -> Tensor:
+    """The tokens' places, counted."""
+    s = ids.shape[1]
+    count = t.new((s,), "int64", None, POSITIONS)
+    found.positions = t.new((s,), "int64", None, POSITIONS)
+    del count
+    return found.positions
 
 
 def _packed(t: Tape, b: int, s: int) -> None:

@@ -1,0 +1,149 @@
+"""Layers of the GPT line with gradients: GPT-2, GPT-BigCode, GPT-NeoX, BLOOM.
+
+Source: transformers 5.17, models/{gpt2, gpt_bigcode, gpt_neox, bloom}/modeling_*.py.
+"""
+
+from hfvram.memory.timeline import Tag
+from hfvram.memory.training import operators as op
+from hfvram.memory.training.attention import KEY_VALUE, OUT, PROJECTED, QUERY, SCORES, WIDE_SCORES, attend
+from hfvram.memory.training.blocks import DROPPED, HIDDEN, activate, normalize, rotate_part, unknown
+from hfvram.memory.training.feed_forward import DOWN, WIDE
+from hfvram.memory.training.states import Blocks, Weights
+from hfvram.memory.training.surroundings import Surroundings
+from hfvram.memory.training.tape import Tape
+from hfvram.memory.training.tensors import Tensor
+from hfvram.model.layers import Attention, FeedForward, Layer
+
+ALIBI = Tag("attention scores with ALiBi", "activations", "b·a·s·s·e", "transformers 5.17: BloomAttention.forward")
+
+
+def parts(layer: Layer, around: Surroundings) -> tuple[Attention, FeedForward]:
+    """The attention and the dense feed-forward of a layer that has these and nothing else."""
+    (mixer,) = layer.mixers
+    if not isinstance(mixer, Attention) or not isinstance(layer.feed_forward, FeedForward):
+        raise unknown(f"a layer of {around.class_name}")
+    return mixer, layer.feed_forward
+
+
+def held_output(t: Tape, layer: Layer, blocks: Blocks, hidden: Tensor, around: Surroundings) -> Tensor:
+    """GPT-2 and GPT-BigCode: the attention's output is held to the end of the layer."""
+    part, feed = parts(layer, around)
+    own = Weights(blocks.own)
+    residual = hidden
+    hidden = normalize(t, hidden, own.norm(2), "layer")
+    attended = _split_attention(t, part, Weights(blocks.mixers[0], around.kind.transposed), hidden, around)
+    hidden = op.add(t, attended, residual, HIDDEN)
+    residual = hidden
+    hidden = normalize(t, hidden, own.norm(2), "layer")
+    fed = _mlp(t, feed, Weights(blocks.feed_forward, around.kind.transposed), hidden, around)
+    return op.add(t, residual, fed, HIDDEN)
+
+
+def _mlp(t: Tape, feed: FeedForward, w: Weights, hidden: Tensor, around: Surroundings) -> Tensor:
+    hidden = w.linear(t, hidden, WIDE)
+    hidden = activate(t, hidden, feed.activation)
+    hidden = w.linear(t, hidden, DOWN)
+    return op.dropout(t, hidden, around.dropout.residual, DROPPED)
+
+
+def _split_attention(t: Tape, part: Attention, w: Weights, x: Tensor, around: Surroundings) -> Tensor:
+    """One projection, split in three; with one KV head, keys and values stay as they are."""
+    b, s, _ = x.shape
+    d = part.head_dim
+    width, kv_width = part.heads * d, part.kv_heads * d
+    fused = w.linear(t, x, QUERY)
+    if part.kv_heads == 1:
+        q, k, v = op.split(t, op.reshape(t, fused, b, 1, s, -1), 3, width, kv_width, kv_width)
+        q = op.transpose(t, op.reshape(t, q, b, s, -1, d), 1, 2)
+    elif around.kind.interleaved:
+        fused = op.transpose(t, op.reshape(t, fused, b, s, part.heads, 3 * d), 1, 2)
+        q, k, v = op.split(t, fused, 3, d, d, d)
+    else:
+        q, k, v = op.split(t, fused, 2, width, width, width)
+        k = op.transpose(t, op.reshape(t, k, b, s, -1, d), 1, 2)
+        v = op.transpose(t, op.reshape(t, v, b, s, -1, d), 1, 2)
+        q = op.transpose(t, op.reshape(t, q, b, s, -1, d), 1, 2)
+    del fused
+    out = attend(t, part, q, k, v, around)
+    out = op.dense(t, op.reshape(t, out, b, s, -1), OUT)
+    out = w.linear(t, out, PROJECTED)
+    return op.dropout(t, out, around.dropout.residual, DROPPED)
+
+
+def two_branches(t: Tape, layer: Layer, blocks: Blocks, hidden: Tensor, around: Surroundings) -> Tensor:
+    """GPT-NeoX: both branches read the layer's input, or the second one the first one's sum."""
+    part, feed = parts(layer, around)
+    own = Weights(blocks.own)
+    attended = _rotated_attention(
+        t, part, Weights(blocks.mixers[0]), normalize(t, hidden, own.norm(2), "layer"), around
+    )
+    attended = op.dropout(t, attended, around.dropout.residual, DROPPED)
+    w = Weights(blocks.feed_forward)
+    if layer.parallel:
+        fed = _plain_mlp(t, feed, w, normalize(t, hidden, own.norm(2), "layer"))
+        fed = op.dropout(t, fed, around.dropout.residual, DROPPED)
+        return op.add(t, op.add(t, fed, attended, HIDDEN), hidden, HIDDEN)
+    attended = op.add(t, attended, hidden, HIDDEN)
+    fed = _plain_mlp(t, feed, w, normalize(t, attended, own.norm(2), "layer"))
+    fed = op.dropout(t, fed, around.dropout.residual, DROPPED)
+    return op.add(t, fed, attended, HIDDEN)
+
+
+def _plain_mlp(t: Tape, feed: FeedForward, w: Weights, hidden: Tensor) -> Tensor:
+    hidden = w.linear(t, hidden, WIDE)
+    hidden = activate(t, hidden, feed.activation)
+    return w.linear(t, hidden, DOWN)
+
+
+def _rotated_attention(t: Tape, part: Attention, w: Weights, x: Tensor, around: Surroundings) -> Tensor:
+    """Queries, keys and values of a head lie side by side; a share of each head is rotated."""
+    b, s, _ = x.shape
+    d = part.head_dim
+    fused = op.transpose(t, op.reshape(t, w.linear(t, x, QUERY), b, s, -1, 3 * d), 1, 2)
+    q, k, v = op.split(t, fused, 3, d, d, d)
+    q, k = rotate_part(t, q, k, *around.angles(part))
+    out = attend(t, part, q, k, v, around)
+    out = op.dense(t, op.reshape(t, out, b, s, -1), OUT)
+    return w.linear(t, out, PROJECTED)
+
+
+def with_alibi(t: Tape, layer: Layer, blocks: Blocks, hidden: Tensor, around: Surroundings) -> Tensor:
+    """BLOOM: ALiBi goes into the product of queries and keys; the residual is added where a branch ends."""
+    part, _ = parts(layer, around)
+    own, p = Weights(blocks.own), around.dropout.residual
+    normed = normalize(t, hidden, own.norm(2), "layer")
+    attended, probabilities = _alibi_attention(t, part, Weights(blocks.mixers[0]), normed, around)
+    attended = op.add(t, hidden, op.dropout(t, attended, p, DROPPED), HIDDEN)
+    normed = normalize(t, attended, own.norm(2), "layer")
+    w = Weights(blocks.feed_forward)
+    fed = _alibi_mlp(t, w, normed)
+    out = op.add(t, attended, op.dropout(t, fed, p, DROPPED), HIDDEN)
+    del probabilities
+    return out
+
+
+def _alibi_mlp(t: Tape, w: Weights, hidden: Tensor) -> Tensor:
+    hidden = op.tanh_gelu(t, w.linear(t, hidden, WIDE))
+    return w.linear(t, hidden, DOWN)
+
+
+def _alibi_attention(t: Tape, part: Attention, w: Weights, x: Tensor, around: Surroundings) -> tuple[Tensor, Tensor]:
+    b, s, _ = x.shape
+    a, d = part.heads, part.head_dim
+    fused = op.reshape(t, w.linear(t, x, QUERY), b, s, a, 3, d)
+    q = op.transpose(t, op.select(t, fused, 3), 1, 2)
+    k = op.transpose(t, op.select(t, fused, 3), 1, 2)
+    v = op.transpose(t, op.select(t, fused, 3), 1, 2)
+    q = op.reshape(t, q, b * a, -1, d, tag=QUERY)
+    k = op.transpose(t, op.reshape(t, k, b * a, -1, d, tag=KEY_VALUE), 1, 2)
+    v = op.reshape(t, v, b * a, -1, d, tag=KEY_VALUE)
+    scores = op.batched_product(t, q, k, ALIBI)
+    weights = op.reshape(t, scores, b, a, s, -1)
+    if (bias := around.masks.get(part.window)) is not None:
+        weights = op.mask(t, weights, bias, SCORES)
+    weights_out = op.to(t, op.softmax(t, weights, "fp32", WIDE_SCORES), q.dtype, SCORES)
+    weights_out = op.dropout(t, weights_out, around.dropout.attention, SCORES)
+    context = op.batched_product(t, op.reshape(t, weights_out, b * a, s, -1), v, OUT)
+    context = op.permute(t, op.reshape(t, context, b, a, s, d), 0, 2, 1, 3)
+    context = op.reshape(t, context, b, s, a * d, tag=OUT)
+    return w.linear(t, context, PROJECTED), weights_out
