@@ -24,7 +24,11 @@ WIDE_SCORES = Tag("attention scores in fp32", "activations", "b·a·s·s·4", EA
 PROJECTED = Tag("attention, projected", "activations", "b·s·h·e", LLAMA)
 
 
-def attention(t: Tape, part: Attention, w: Weights, x: Tensor, around: Surroundings) -> Tensor:
+Attended = tuple[Tensor, Tensor | None]
+"""An output and, of eager attention, the weights, which the caller holds."""
+
+
+def attention(t: Tape, part: Attention, w: Weights, x: Tensor, around: Surroundings) -> Attended:
     """Self-attention of one layer over its normed input (b, s, h)."""
     if part.output_gate or part.sinks or part.relative_bias or part.position_bias or part.groups != "gqa":
         raise unknown(f"attention of {around.class_name}")
@@ -59,12 +63,12 @@ def attention(t: Tape, part: Attention, w: Weights, x: Tensor, around: Surroundi
         v = op.transpose(t, op.reshape(t, w.linear(t, x, KEY_VALUE), b, s, -1, dv), 1, 2)
     if part.rotary:
         q, k = rotate(t, q, k, *around.angles(part))
-    out = attend(t, part, q, k, v, around)
-    out = op.dense(t, op.reshape(t, out, b, s, -1), OUT)
-    return w.linear(t, out, PROJECTED)
+    out, weights = attend(t, part, q, k, v, around)
+    out = op.dense(t, op.reshape(t, out, b, s, -1, tag=OUT), OUT)
+    return w.linear(t, out, PROJECTED), weights
 
 
-def attend(t: Tape, part: Attention, q: Tensor, k: Tensor, v: Tensor, around: Surroundings) -> Tensor:
+def attend(t: Tape, part: Attention, q: Tensor, k: Tensor, v: Tensor, around: Surroundings) -> Attended:
     """The attention itself of (b, heads, s, d) tensors; out comes (b, s, heads, d)."""
     bias = around.masks.get(part.window)
     if around.eager(part):
@@ -75,7 +79,7 @@ def attend(t: Tape, part: Attention, q: Tensor, k: Tensor, v: Tensor, around: Su
         grouped = False
     p = around.dropout.attention
     out = scaled_dot_product(t, q, k, v, bias, causal=bias is None and part.causal, gqa=grouped, p=p, tag=OUT)
-    return op.dense(t, op.transpose(t, out, 1, 2), OUT)
+    return op.dense(t, op.transpose(t, out, 1, 2), OUT), None
 
 
 def repeat(t: Tape, x: Tensor, part: Attention) -> Tensor:
@@ -90,7 +94,7 @@ def repeat(t: Tape, x: Tensor, part: Attention) -> Tensor:
 
 def _eager(
     t: Tape, part: Attention, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, around: Surroundings
-) -> Tensor:
+) -> Attended:
     """Scores of every pair of tokens, their softmax in fp32, and the weighted values."""
     k, v = repeat(t, k, part), repeat(t, v, part)
     weights = op.scale(t, op.matmul(t, q, op.transpose(t, k, 2, 3), SCORES), SCORES)
@@ -100,7 +104,8 @@ def _eager(
         weights = op.scale(t, weights, SCORES)
     if bias is not None:
         weights = op.mask(t, weights, bias, SCORES)
-    weights = op.to(t, op.softmax(t, weights, "fp32", WIDE_SCORES), q.dtype, SCORES)
+    soft = None if around.kind.own_softmax else "fp32"
+    weights = op.to(t, op.softmax(t, weights, soft, WIDE_SCORES), q.dtype, SCORES)
     weights = op.dropout(t, weights, around.dropout.attention, SCORES)
-    out = op.matmul(t, weights, v, OUT)
-    return op.dense(t, op.transpose(t, out, 1, 2), OUT)
+    out = op.transpose(t, op.matmul(t, weights, v, OUT), 1, 2)
+    return (out if around.kind.own_softmax else op.dense(t, out, OUT)), weights

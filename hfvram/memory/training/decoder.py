@@ -87,6 +87,7 @@ def decode(
     if architecture.final_norm:
         weights = tuple([leaf.tensor for leaf in states.after if leaf.param.kind == "norm"])
         hidden = normalize(t, hidden, weights, architecture.final_norm, kind.norm)
+    around.held = None
     del embedded
     return hidden
 
@@ -111,7 +112,7 @@ def run_layer(t: Tape, layer: Layer, blocks: Blocks, hidden: Tensor, around: Sur
     residual = hidden
     if before:
         hidden = normalize(t, hidden, own.norm(size), layer.norm, code)
-    hidden = attention(t, mixer, Weights(leaves), hidden, around)
+    hidden, _weights = attention(t, mixer, Weights(leaves), hidden, around)
     if after:
         hidden = normalize(t, hidden, own.norm(size), layer.norm, code)
     hidden = op.add(t, residual, op.dropout(t, hidden, p, DROPPED), HIDDEN)

@@ -5,8 +5,8 @@ Source: transformers 5.17, models/{gpt2, gpt_bigcode, gpt_neox, bloom}/modeling_
 
 from hfvram.memory.timeline import Tag
 from hfvram.memory.training import operators as op
-from hfvram.memory.training.attention import KEY_VALUE, OUT, PROJECTED, QUERY, SCORES, WIDE_SCORES, attend
-from hfvram.memory.training.blocks import DROPPED, HIDDEN, activate, normalize, rotate_part, unknown
+from hfvram.memory.training.attention import KEY_VALUE, OUT, PROJECTED, QUERY, SCORES, WIDE_SCORES, Attended, attend
+from hfvram.memory.training.blocks import ACTIVATION, DROPPED, HIDDEN, activate, normalize, rotate_part, unknown
 from hfvram.memory.training.feed_forward import DOWN, WIDE
 from hfvram.memory.training.states import Blocks, Weights
 from hfvram.memory.training.surroundings import Surroundings
@@ -31,7 +31,7 @@ def held_output(t: Tape, layer: Layer, blocks: Blocks, hidden: Tensor, around: S
     own = Weights(blocks.own)
     residual = hidden
     hidden = normalize(t, hidden, own.norm(2), "layer")
-    attended = _split_attention(t, part, Weights(blocks.mixers[0], around.kind.transposed), hidden, around)
+    attended, _weights = _split_attention(t, part, Weights(blocks.mixers[0], around.kind.transposed), hidden, around)
     hidden = op.add(t, attended, residual, HIDDEN)
     residual = hidden
     hidden = normalize(t, hidden, own.norm(2), "layer")
@@ -46,7 +46,7 @@ def _mlp(t: Tape, feed: FeedForward, w: Weights, hidden: Tensor, around: Surroun
     return op.dropout(t, hidden, around.dropout.residual, DROPPED)
 
 
-def _split_attention(t: Tape, part: Attention, w: Weights, x: Tensor, around: Surroundings) -> Tensor:
+def _split_attention(t: Tape, part: Attention, w: Weights, x: Tensor, around: Surroundings) -> Attended:
     """One projection, split in three; with one KV head, keys and values stay as they are."""
     b, s, _ = x.shape
     d = part.head_dim
@@ -64,17 +64,17 @@ def _split_attention(t: Tape, part: Attention, w: Weights, x: Tensor, around: Su
         v = op.transpose(t, op.reshape(t, v, b, s, -1, d), 1, 2)
         q = op.transpose(t, op.reshape(t, q, b, s, -1, d), 1, 2)
     del fused
-    out = attend(t, part, q, k, v, around)
-    out = op.dense(t, op.reshape(t, out, b, s, -1), OUT)
+    out, weights = attend(t, part, q, k, v, around)
+    out = op.dense(t, op.reshape(t, out, b, s, -1, tag=OUT), OUT)
     out = w.linear(t, out, PROJECTED)
-    return op.dropout(t, out, around.dropout.residual, DROPPED)
+    return op.dropout(t, out, around.dropout.residual, DROPPED), weights
 
 
 def two_branches(t: Tape, layer: Layer, blocks: Blocks, hidden: Tensor, around: Surroundings) -> Tensor:
     """GPT-NeoX: both branches read the layer's input, or the second one the first one's sum."""
     part, feed = parts(layer, around)
     own = Weights(blocks.own)
-    attended = _rotated_attention(
+    attended, _weights = _rotated_attention(
         t, part, Weights(blocks.mixers[0]), normalize(t, hidden, own.norm(2), "layer"), around
     )
     attended = op.dropout(t, attended, around.dropout.residual, DROPPED)
@@ -95,39 +95,39 @@ def _plain_mlp(t: Tape, feed: FeedForward, w: Weights, hidden: Tensor) -> Tensor
     return w.linear(t, hidden, DOWN)
 
 
-def _rotated_attention(t: Tape, part: Attention, w: Weights, x: Tensor, around: Surroundings) -> Tensor:
+def _rotated_attention(t: Tape, part: Attention, w: Weights, x: Tensor, around: Surroundings) -> Attended:
     """Queries, keys and values of a head lie side by side; a share of each head is rotated."""
     b, s, _ = x.shape
     d = part.head_dim
     fused = op.transpose(t, op.reshape(t, w.linear(t, x, QUERY), b, s, -1, 3 * d), 1, 2)
     q, k, v = op.split(t, fused, 3, d, d, d)
     q, k = rotate_part(t, q, k, *around.angles(part))
-    out = attend(t, part, q, k, v, around)
-    out = op.dense(t, op.reshape(t, out, b, s, -1), OUT)
-    return w.linear(t, out, PROJECTED)
+    out, weights = attend(t, part, q, k, v, around)
+    out = op.dense(t, op.reshape(t, out, b, s, -1, tag=OUT), OUT)
+    return w.linear(t, out, PROJECTED), weights
 
 
 def with_alibi(t: Tape, layer: Layer, blocks: Blocks, hidden: Tensor, around: Surroundings) -> Tensor:
-    """BLOOM: ALiBi goes into the product of queries and keys; the residual is added where a branch ends."""
+    """BLOOM: ALiBi goes into the product of queries and keys; each branch adds the residual itself."""
     part, _ = parts(layer, around)
-    own, p = Weights(blocks.own), around.dropout.residual
+    own = Weights(blocks.own)
     normed = normalize(t, hidden, own.norm(2), "layer")
-    attended, probabilities = _alibi_attention(t, part, Weights(blocks.mixers[0]), normed, around)
-    attended = op.add(t, hidden, op.dropout(t, attended, p, DROPPED), HIDDEN)
+    attended, probabilities = _alibi_attention(t, part, Weights(blocks.mixers[0]), normed, hidden, around)
     normed = normalize(t, attended, own.norm(2), "layer")
-    w = Weights(blocks.feed_forward)
-    fed = _alibi_mlp(t, w, normed)
-    out = op.add(t, attended, op.dropout(t, fed, p, DROPPED), HIDDEN)
-    del probabilities
+    out = _alibi_mlp(t, Weights(blocks.feed_forward), normed, attended, around)
+    around.held = probabilities  # returned with the output, and held until the next layer's
     return out
 
 
-def _alibi_mlp(t: Tape, w: Weights, hidden: Tensor) -> Tensor:
-    hidden = op.tanh_gelu(t, w.linear(t, hidden, WIDE))
-    return w.linear(t, hidden, DOWN)
+def _alibi_mlp(t: Tape, w: Weights, hidden: Tensor, residual: Tensor, around: Surroundings) -> Tensor:
+    hidden = op.tanh_gelu(t, w.linear(t, hidden, WIDE), ACTIVATION)
+    fed = w.linear(t, hidden, DOWN)
+    return op.add(t, residual, op.dropout(t, fed, around.dropout.residual, DROPPED), HIDDEN)
 
 
-def _alibi_attention(t: Tape, part: Attention, w: Weights, x: Tensor, around: Surroundings) -> tuple[Tensor, Tensor]:
+def _alibi_attention(
+    t: Tape, part: Attention, w: Weights, x: Tensor, residual: Tensor, around: Surroundings
+) -> tuple[Tensor, Tensor]:
     b, s, _ = x.shape
     a, d = part.heads, part.head_dim
     fused = op.reshape(t, w.linear(t, x, QUERY), b, s, a, 3, d)
@@ -137,13 +137,16 @@ def _alibi_attention(t: Tape, part: Attention, w: Weights, x: Tensor, around: Su
     q = op.reshape(t, q, b * a, -1, d, tag=QUERY)
     k = op.transpose(t, op.reshape(t, k, b * a, -1, d, tag=KEY_VALUE), 1, 2)
     v = op.reshape(t, v, b * a, -1, d, tag=KEY_VALUE)
-    scores = op.batched_product(t, q, k, ALIBI)
+    assert around.alibi is not None
+    scores = op.scaled_product(t, around.alibi, q, k, ALIBI)
     weights = op.reshape(t, scores, b, a, s, -1)
     if (bias := around.masks.get(part.window)) is not None:
         weights = op.mask(t, weights, bias, SCORES)
-    weights_out = op.to(t, op.softmax(t, weights, "fp32", WIDE_SCORES), q.dtype, SCORES)
-    weights_out = op.dropout(t, weights_out, around.dropout.attention, SCORES)
-    context = op.batched_product(t, op.reshape(t, weights_out, b * a, s, -1), v, OUT)
+    probabilities = op.to(t, op.softmax(t, weights, "fp32", WIDE_SCORES), q.dtype, SCORES)
+    probabilities = op.dropout(t, probabilities, around.dropout.attention, SCORES)
+    context = op.batched_product(t, op.reshape(t, probabilities, b * a, s, -1), v, OUT)
     context = op.permute(t, op.reshape(t, context, b, a, s, d), 0, 2, 1, 3)
     context = op.reshape(t, context, b, s, a * d, tag=OUT)
-    return w.linear(t, context, PROJECTED), weights_out
+    out = w.linear(t, context, PROJECTED)
+    out = op.add(t, residual, op.dropout(t, out, around.dropout.residual, DROPPED), HIDDEN)
+    return out, probabilities

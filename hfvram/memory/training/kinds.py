@@ -24,6 +24,8 @@ class Kind:
     """Positions are counted, and looked through for packed sequences."""
     transposed: bool = False
     """Linear layers are `Conv1D`."""
+    own_softmax: bool = False
+    """Eager attention's softmax is in the scores' dtype."""
     scaled: bool = False
     """The embeddings are multiplied by a number."""
 
@@ -36,9 +38,7 @@ KINDS: Final[dict[str, Kind]] = {
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
-    "phi3": _LLAMA,
-    "olmo2": Kind(norm="weight in fp32"),
-    "gpt2": Kind(layer="held output", embedding="positions", transposed=True),
+    "gpt2": Kind(layer="held output", embedding="positions", transposed=True, own_softmax=True),
     "gpt_bigcode": Kind(layer="held output", embedding="late positions", interleaved=True),
     "gpt_neox": Kind(layer="two branches"),
     "bloom": Kind(layer="with alibi", embedding="normed", counts=False),

@@ -245,6 +245,7 @@ def mask(t: Tape, x: Tensor, additive: Tensor, tag: Tag | None = None) -> Tensor
 
 def power(t: Tape, x: Tensor, tag: Tag | None = None) -> Tensor:
     """x to a whole number: the gradient holds a power, its multiple and their product."""
+    x = wide(t, x)
     node = t.record(_powered, (x,), x)
     return attach(t.elementwise(x, tag=tag), node)
 
@@ -269,6 +270,7 @@ def _spread(shape: Shape, t: Tape, saved: Saved, grads: Grads) -> Found:
 
 def rsqrt(t: Tape, x: Tensor, tag: Tag | None = None) -> Tensor:
     """One over the square root."""
+    x = wide(t, x)
     node = t.record(_rsqrt, (x,))
     out = t.elementwise(x, tag=tag)
     t.keep(node, out)
@@ -318,7 +320,9 @@ def _dropped(t: Tape, saved: Saved, grads: Grads) -> Found:
 
 
 def softmax(t: Tape, x: Tensor, dtype: str | None = None, tag: Tag | None = None) -> Tensor:
-    """Softmax over the last dimension, in fp32 if asked, for which CUDA casts bf16 but not fp16 first."""
+    """Softmax over the last dimension, in fp32 if asked (or under autocast), for which CUDA casts bf16, not fp16."""
+    if dtype is None:
+        x = wide(t, x)
     fused = dtype == "fp32" and x.dtype == "fp16" and not t.on_meta
     if dtype is not None and not fused:
         x = to(t, x, dtype, tag)
@@ -399,11 +403,11 @@ def _of_input(t: Tape, grad: Tensor, weight: Tensor | None) -> Tensor | None:
 
 def conv1d(t: Tape, x: Tensor, weight: Tensor, bias: Tensor, tag: Tag | None = None) -> Tensor:
     """GPT-2's linear layer, whose weight lies as (inputs, outputs)."""
-    bias = low(t, bias)
     inputs, outputs = weight.shape
     flat = reshape(t, x, -1, inputs)
     weight = low(t, weight)
     flat = low(t, flat)
+    bias = low(t, bias)
     node = t.record(_conv1d, (flat, weight, bias), flat if weight.node else None, weight if flat.node else None)
     t.multiplies(biased=True)
     out = attach(t.new((flat.shape[0], outputs), flat.dtype, None, tag), node)
@@ -420,22 +424,46 @@ def _conv1d(t: Tape, saved: Saved, grads: Grads) -> Found:
 def tanh_gelu(t: Tape, x: Tensor, tag: Tag | None = None) -> Tensor:
     """BLOOM's GELU, both ways written in Python: x · 0.5 · (1 + tanh(0.8·x·(1 + 0.04·x·x)))."""
     node = t.record(_tanh_gelu, (x,))
-    halved = t.elementwise(t.elementwise(x, tag=tag), tag=tag)
-    slope = t.elementwise(x, tag=tag)
-    cube = t.elementwise(x, tag=tag)
-    cube = t.elementwise(t.elementwise(cube, tag=tag), tag=tag)
-    inner = t.elementwise(cube, tag=tag)
-    del cube, slope
-    inner = t.elementwise(t.elementwise(inner, tag=tag), tag=tag)
-    out = t.elementwise(halved, inner, tag=tag)
+    halved = t.elementwise(x, tag=tag)
+    tanh = _tanh(t, x, tag)
+    shifted = t.elementwise(tanh, tag=tag)
+    del tanh
+    out = t.elementwise(halved, shifted, tag=tag)
+    del halved, shifted
     t.keep(node, x)
     return attach(out, node)
+
+
+def _tanh(t: Tape, x: Tensor, tag: Tag | None = None) -> Tensor:
+    """tanh(0.8·x·(1 + 0.04·x·x))"""
+    scaled = t.elementwise(x, tag=tag)
+    last = t.elementwise(x, tag=tag)
+    last = t.elementwise(last, x, tag=tag)
+    last = t.elementwise(last, tag=tag)
+    last = t.elementwise(scaled, last, tag=tag)
+    del scaled
+    return t.elementwise(last, tag=tag)
 
 
 def _tanh_gelu(t: Tape, saved: Saved, grads: Grads) -> Found:
     (x,) = saved
     assert x is not None
-    return (t.elementwise(x),)
+    tanh = _tanh(t, x)
+    halved = t.elementwise(x)
+    left = t.elementwise(tanh)
+    left = t.elementwise(left)
+    right = t.elementwise(x)
+    right = t.elementwise(right)
+    right = t.elementwise(right)
+    slope = t.elementwise(left, right)
+    del left, right
+    slope = t.elementwise(halved, slope)
+    del halved
+    shifted = t.elementwise(tanh)
+    shifted = t.elementwise(shifted)
+    factor = t.elementwise(slope, shifted)
+    del slope, shifted
+    return (t.elementwise(factor, first(grads)),)
 
 
 def matmul(t: Tape, a: Tensor, b: Tensor, tag: Tag | None = None) -> Tensor:
@@ -452,12 +480,31 @@ def matmul(t: Tape, a: Tensor, b: Tensor, tag: Tag | None = None) -> Tensor:
 
 
 def batched_product(t: Tape, a: Tensor, b: Tensor, tag: Tag | None = None) -> Tensor:
-    """`bmm`, or `baddbmm` onto what needs no gradient."""
+    """`bmm`."""
     b = low(t, b)
     a = low(t, a)
     node = t.record(_batched, (a, b), a if b.node else None, b if a.node else None)
     t.multiplies()
     return attach(t.new((a.shape[0], a.shape[1], b.shape[2]), a.dtype, None, tag), node)
+
+
+def scaled_product(t: Tape, onto: Tensor, a: Tensor, b: Tensor, tag: Tag | None = None) -> Tensor:
+    """`baddbmm` times a number onto what needs no gradient: its gradients are scaled by a copy each."""
+    b = low(t, b)
+    a = low(t, a)
+    onto = low(t, onto)
+    node = t.record(_scaled, (a, b), a if b.node else None, b if a.node else None)
+    t.multiplies()
+    return attach(t.new((a.shape[0], a.shape[1], b.shape[2]), a.dtype, None, tag), node)
+
+
+def _scaled(t: Tape, saved: Saved, grads: Grads) -> Found:
+    grad, (a, b) = first(grads), saved
+    t.multiplies()
+    of_a = None if b is None else t.new((b.shape[0], grad.shape[1], b.shape[1]), grad.dtype)
+    of_a = None if of_a is None else t.elementwise(of_a)
+    of_b = None if a is None else t.new((a.shape[0], a.shape[2], grad.shape[2]), grad.dtype)
+    return of_a, None if of_b is None else t.elementwise(of_b)
 
 
 def _batched(t: Tape, saved: Saved, grads: Grads) -> Found:

@@ -17,13 +17,18 @@ MASK = Tag("attention mask", "activations", "b·s·t", "transformers 5.17: maski
 
 @dataclass(slots=True)
 class Surroundings:
-    """Angles by rotary size, masks by window (None for none); `request` is what was asked for, `kind` the type's code."""
+    """Angles by rotary size, masks by window (None for none), and what layers need to know: the request, the code."""
 
     class_name: str
     kind: Kind
     request: Request
     rotary: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     positions: Tensor | None = None
+    alibi: Tensor | None = None
+    ones: Tensor | None = None
+    """A mask of ones that the model makes up."""
+    held: Tensor | None = None
+    """What a layer returned beside its output."""
     masks: dict[int | None, Tensor | None] = field(default_factory=dict)
     dropout: Dropout = field(default_factory=Dropout)
 
@@ -45,11 +50,13 @@ def surround(t: Tape, layers: list[Layer], found: Surroundings, ids: Tensor, dty
     b, s = ids.shape
     if found.positions is None and found.kind.counts:
         positions(t, found, ids)
+    if found.kind.layer == "with alibi":
+        found.ones = _alibi(t, found, parts[0].heads, b, s, dtype)
     windows = {m.window: m for m in parts}
     for window in sorted(windows, key=lambda w: w or 0):
         if found.kind.counts:
             _packed(t, b, s)
-        found.masks[window] = _mask(t, window, found.eager(windows[window]), b, s, dtype)
+        found.masks[window] = _mask(t, window, found.eager(windows[window]), b, s, dtype, found.ones is not None)
     for dim in sorted({m.rotary.dim for m in parts if m.rotary}):
         found.rotary[dim] = _angles(t, s, dim, dtype)
 
@@ -76,10 +83,27 @@ def _packed(t: Tape, b: int, s: int) -> None:
     del before, steps, packed
 
 
-def _mask(t: Tape, window: int | None, eager: bool, b: int, s: int, dtype: str) -> Tensor | None:
-    """Booleans for SDPA where a window is reached, an additive one of (b, 1, s, s) for eager attention."""
+def _alibi(t: Tape, found: Surroundings, heads: int, b: int, s: int, dtype: str) -> Tensor:
+    """A mask of ones is made up, and from it the distances times a slope for each head. Returns the mask."""
+    ones = t.new((b, s), "fp32", None, MASK)
+    power = 1 << (heads.bit_length() - 1)
+    base, powers = t.new((), "fp32", None, MASK), t.new((power,), "int32", None, MASK)
+    slopes = t.new((heads,), "fp32", None, MASK)
+    places = t.new((b, s), "fp32", None, MASK)
+    places = t.new((b, s), "fp32", None, MASK)
+    places = t.new((b, s), "fp32", None, MASK)
+    wide = t.new((b, heads, s), "fp32", None, MASK)
+    found.alibi = wide if dtype == "fp32" else t.new((b * heads, 1, s), dtype, None, MASK)
+    del base, powers, slopes, places, wide
+    return ones
+
+
+def _mask(t: Tape, window: int | None, eager: bool, b: int, s: int, dtype: str, given: bool = False) -> Tensor | None:
+    """Booleans for SDPA where a window is reached, an additive one of (b, 1, s, s) for eager attention; `given` where
+    the model makes up a mask of ones itself."""
     if not eager and (window is None or s < window):
         return None
+    ones = t.new((b, s), "bool", None, MASK) if given else None
     rows, heads = t.new((b,), "int64", None, MASK), t.new((1,), "int64", None, MASK)
     count = t.new((s,), "int64", None, MASK)
     queries = t.new((s,), "int64", None, MASK)
@@ -96,17 +120,22 @@ def _mask(t: Tape, window: int | None, eager: bool, b: int, s: int, dtype: str) 
         del edge
         within = t.new(square, "bool", None, MASK)
         del near, one
+    first = t.new((), "bool", None, MASK) if given else None
     seen = t.new(square, "bool", None, MASK)
-    if within is not None:
+    if within is not None or given:
         both = t.new(square, "bool", None, MASK)
-        del within
+        within = None
         seen = both
-        del both
+        del both, first
+    if given:
+        row = t.new((b, 1, 1, s), "bool", None, MASK)
+        seen = t.new((b, 1, s, s), "bool", None, MASK)
+        del row
     del rows, heads, queries, keys
     if eager:
         number = t.new((), dtype, None, MASK)
         mask = t.new((b, 1, s, s), dtype, None, MASK)
-        del number, seen
+        del number, seen, ones
         return mask
     return seen.as_((b, 1, s, s), (0, s * s, s, 1))
 
