@@ -79,3 +79,12 @@ def test_a_run_leaves_torch_as_it_was() -> None:
     adapted(gradient_checkpointing=True)
     assert torch.autocast.__name__ == "autocast"
     assert "entered" not in torch.utils.checkpoint._recomputation_hook.__enter__.__name__
+
+
+def test_a_model_of_sound_is_wrapped_as_it_is() -> None:
+    whisper = {"model_type": "whisper", "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "vocab_size": 512}
+    whisper |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 128}
+    whisper |= {"decoder_ffn_dim": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    options = {"mode": "lora", "ctx": 64, "dtype": "bf16", "quant": "none", "lora_r": 8, "lora_targets": ["q_proj"]}
+    timeline = simulate(whisper | {"decoder_start_token_id": 1}, None, Request.from_dict(options))
+    assert timeline.trainable_parameters == (2 + 2 * 2) * 8 * (64 + 64)  # self and cross attention in the decoder
