@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from hfvram.memory.exact.kernels import empty
+
 if TYPE_CHECKING:
     from hfvram.memory.exact.run import Run
 
@@ -18,30 +20,25 @@ MULTIPROCESSORS = 132
 Tune = Callable[..., None]
 
 
-def fp32(like: Any, *shape: int) -> Any:
-    """An empty fp32 tensor where `like` is."""
-    return torch.empty(shape, dtype=torch.float32, device=like.device)
-
-
-def alike(tensor: Any) -> Any:
-    """A contiguous gradient of this tensor, None for none."""
-    return None if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+def contiguous(tensor: Any, dtype: Any = None) -> Any:
+    """An empty tensor of this shape, in its dtype or another; None for none."""
+    return None if tensor is None else empty(*tensor.shape, dtype=dtype or tensor.dtype)
 
 
 def forward_chunks(tune: Tune, x: Any, B: Any, q: int) -> tuple[Any, Any, Any, Any]:
     """Output, time steps, cumulative decays and final states of x (b, s, h, p)."""
     (b, s, h, p), (g, n) = x.shape, B.shape[2:]
     c = -(-s // q)
-    steps, decays = fp32(x, b, h, c, q), fp32(x, b, h, c, q)
+    steps, decays = empty(b, h, c, q), empty(b, h, c, q)
     tune("chunk cumsum", q, h)
-    states = fp32(x, b, c, h, p, n)
+    states = empty(b, c, h, p, n)
     tune("chunk state", q, p, n)
-    passed, last = torch.empty((b, c, h, p, n), dtype=B.dtype, device=x.device), fp32(x, b, h, p, n)
+    passed, last = empty(b, c, h, p, n, dtype=B.dtype), empty(b, h, p, n)
     tune("state passing", p * n)
     del states
-    products = fp32(x, b, c, g, q, q)
+    products = empty(b, c, g, q, q)
     tune("chunk products", q, n)
-    out = torch.empty((b, s, h, p), dtype=x.dtype, device=x.device)
+    out = contiguous(x)
     tune("chunk scan", q, p, n)
     del passed, products
     return out, steps, decays, last
@@ -52,58 +49,53 @@ def backward_chunks(tune: Tune, x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any,
     (b, s, h, p), (g, n) = x.shape, B.shape[2:]
     c = -(-s // q)
     d_x, d_dt, d_B, d_C = given
-    d_B, d_C = (alike(B) if d_B is None else d_B), (alike(C) if d_C is None else d_C)
-    d_dt = alike(dt) if d_dt is None else d_dt
-    clone = alike(dt)
-    steps, decays = fp32(x, b, h, c, q), fp32(x, b, h, c, q)
-    products = fp32(x, b, c, g, q, q)
-    states = fp32(x, b, c, h, p, n)
-    passed, last = fp32(x, b, c, h, p, n), fp32(x, b, h, p, n)
+    d_B, d_C = (contiguous(B) if d_B is None else d_B), (contiguous(C) if d_C is None else d_C)
+    d_dt = contiguous(dt) if d_dt is None else d_dt
+    clone = contiguous(dt)
+    steps, decays = empty(b, h, c, q), empty(b, h, c, q)
+    products = empty(b, c, g, q, q)
+    states = empty(b, c, h, p, n)
+    passed, last = empty(b, c, h, p, n), empty(b, h, p, n)
     states = passed
     del passed, last
-    d_states = fp32(x, b, c, h, p, n)
+    d_states = empty(b, c, h, p, n)
     tune("gradients of states", p, n, q)
-    low, converted = alike_in(d_states, x.dtype), alike_in(states, x.dtype)
-    by_chunk = fp32(x, b, h, c, -(-p * n // 64))
+    low, converted = contiguous(d_states, x.dtype), contiguous(states, x.dtype)
+    by_chunk = empty(b, h, c, -(-p * n // 64))
     tune("backward state passing", p * n)
     by_chunk = by_chunk.sum(-1)
     d_states, states = low, converted
     del low, converted
-    partial_D = fp32(x, -(-q // 32), b, c, h, 1)
-    d_x = alike(x) if d_x is None else d_x
-    d_steps = fp32(x, b, h, c, q)
+    partial_D = empty(-(-q // 32), b, c, h, 1)
+    d_x = contiguous(x) if d_x is None else d_x
+    d_steps = empty(b, h, c, q)
     tune("gradient of x", q, p, n)
     d_D = None if D is None else partial_D.sum((0, 1, 2)).sum(-1).to(D.dtype)
     del partial_D
     ratio = h // g
     splits = -(-ratio // max(min(-(-b * c * h // MULTIPROCESSORS), ratio), 1))
-    next_sums = fp32(x, b, h, c, q)
-    partial = fp32(x, b, s, splits, g, n)
+    next_sums = empty(b, h, c, q)
+    partial = empty(b, s, splits, g, n)
     tune("gradient of B", q, n, p)
     wide_B = partial.sum(2)
-    partial = fp32(x, b, s, splits, g, n)
-    previous = fp32(x, b, h, c, q)
+    partial = empty(b, s, splits, g, n)
+    previous = empty(b, h, c, q)
     tune("gradient of C", q, n, p)
     wide_C = partial.sum(2)
-    partial = fp32(x, b, c, splits, g, q, q)
+    partial = empty(b, c, splits, g, q, q)
     tune("gradient of the products", q, p)
     d_products = partial.sum(2)
     del partial
     tune("backward products", q, n)
     del wide_B, wide_C, d_products
     previous = previous.flip([-1]).cumsum(-1).flip([-1])
-    sums = fp32(x, b, h, c, -(-q // 32), q)
+    sums = empty(b, h, c, -(-q // 32), q)
     tune("gradient of the decays", q, p)
     sums = sums.sum(3)
-    d_A, d_bias = fp32(x, h), None if bias is None else fp32(x, h)
+    d_A, d_bias = empty(h), None if bias is None else empty(h)
     tune("backward chunk cumsum", q, h)
     del clone, steps, decays, products, states, d_states, by_chunk, d_steps, next_sums, previous, sums
     return d_x, d_dt, d_A.to(A.dtype), d_B, d_C, d_D, None if d_bias is None else d_bias.to(bias.dtype)
-
-
-def alike_in(tensor: Any, dtype: Any) -> Any:
-    """A contiguous tensor of this shape in another dtype."""
-    return torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
 
 
 class ChunkScan(torch.autograd.Function):  # type: ignore[misc]
@@ -162,7 +154,7 @@ class SplitScan(torch.autograd.Function):  # type: ignore[misc]
         scale = None
         result = out.view(b, s, width)
         if norm is not None:
-            result, scale = torch.empty_like(result), fp32(projected, g * b * s)
+            result, scale = torch.empty_like(result), empty(g * b * s)
         weight = out_proj
         if low is not None:
             result, weight = result.to(low), out_proj.to(low)
@@ -177,16 +169,16 @@ class SplitScan(torch.autograd.Function):  # type: ignore[misc]
         projected, conv, conv_bias, out, A, D, bias, norm, _, out_proj = ctx.saved_tensors
         p, g, q = ctx.sizes
         (b, s, _), h = projected.shape, A.shape[0]
-        again = torch.empty((b, s, h * p), dtype=out.dtype, device=out.device)
+        again = empty(b, s, h * p, dtype=out.dtype)
         convolved = channels_first(projected, conv.shape[0])
         x, B, C = parts(convolved, h, p, g)
         d_projected = torch.empty_like(projected)
-        d_convolved = torch.empty((b, s, conv.shape[0]), dtype=projected.dtype, device=projected.device)
+        d_convolved = channels_first(projected, conv.shape[0])
         d_out = F.linear(grad, out_proj.t())
         d_norm = None
         if norm is not None:
             normed = torch.empty_like(again)
-            partial = fp32(out, MULTIPROCESSORS, h * p)
+            partial = empty(MULTIPROCESSORS, h * p)
             d_norm = partial.sum(0).to(norm.dtype)
             d_out = normed
             del normed, partial
@@ -195,14 +187,13 @@ class SplitScan(torch.autograd.Function):  # type: ignore[misc]
         grads = backward_chunks(ctx.tune, x, dt, A, B, C, D, bias, q, (d_x, d_projected[..., -h:], d_B, d_C))
         d_out_proj = torch.mm(grad.reshape(-1, grad.shape[-1]).t(), again.view(-1, h * p)).to(ctx.weight_dtype)
         del d_out
-        grads = d_projected, alike(conv), alike(conv_bias), grads[6], grads[2], grads[5], d_norm, d_out_proj
+        grads = d_projected, contiguous(conv), contiguous(conv_bias), grads[6], grads[2], grads[5], d_norm, d_out_proj
         return (*grads, *(None,) * 5)
 
 
 def channels_first(projected: Any, channels: int) -> Any:
     """The convolution's output, in memory as its input: (b, s, channels)."""
-    b, s, _ = projected.shape
-    return torch.empty((b, s, channels), dtype=projected.dtype, device=projected.device)
+    return empty(*projected.shape[:2], channels, dtype=projected.dtype)
 
 
 def parts(convolved: Any, h: int, p: int, g: int) -> tuple[Any, Any, Any]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from transformers import modeling_flash_attention_utils as own
 
 from hfvram.errors import HfvramError
-from hfvram.memory.exact.kernels import FusedAttention, round_up
+from hfvram.memory.exact.kernels import FusedAttention
 
 if TYPE_CHECKING:
     from hfvram.request import Request
@@ -61,7 +61,7 @@ def fixed(
     """Sequences of one length: (b, s, heads, d) in and out. Heads are padded to a multiple of 8."""
     d = q.shape[-1]
     if d % 8:
-        q, k, v = (F.pad(x, (0, round_up(d, 8) - d)) for x in (q, k, v))
+        q, k, v = (F.pad(x, (0, -d % 8)) for x in (q, k, v))
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     heads = (x.transpose(1, 2) for x in (q, k, v))
     return FusedAttention.apply(*heads, None, "flash").transpose(1, 2)[..., :d]
@@ -83,4 +83,4 @@ def varlen(
     deterministic: bool = False,
 ) -> Any:
     """Sequences one behind the other: (tokens, heads, d) in and out."""
-    return fixed(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), dropout_p)[0]
+    return fixed(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0))[0]

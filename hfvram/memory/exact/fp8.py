@@ -10,10 +10,9 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-import torch
-
 from hfvram.errors import HfvramError
 from hfvram.memory.exact.build import in_order
+from hfvram.memory.exact.kernels import empty
 
 if TYPE_CHECKING:
     from hfvram.memory.exact.run import Run
@@ -52,12 +51,12 @@ def fp8_kernels() -> Iterator[None]:
 
 def linear(x: Any, weight: Any, scales: Any, block: Any = None, dtype: Any = None, **_: Any) -> Any:
     """(…, K) by (N, K): (…, N), in the inputs' dtype."""
-    return torch.empty((*x.shape[:-1], weight.shape[0]), dtype=dtype or x.dtype, device=x.device)
+    return empty(*x.shape[:-1], weight.shape[0], dtype=dtype or x.dtype)
 
 
 def batched(x: Any, weight: Any, scales: Any, **_: Any) -> Any:
     """(S, K) by an expert of (E, N, K) for each row: (S, N)."""
-    return torch.empty((x.shape[0], weight.shape[1]), dtype=x.dtype, device=x.device)
+    return empty(x.shape[0], weight.shape[1], dtype=x.dtype)
 
 
 grouped = batched

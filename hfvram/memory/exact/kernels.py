@@ -19,6 +19,11 @@ Kernel = Literal["cudnn", "flash", "efficient"]
 HALF = (torch.bfloat16, torch.float16)
 
 
+def empty(*shape: int, dtype: Any = torch.float32) -> Any:
+    """An empty tensor on meta."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
 def round_up(size: int, step: int) -> int:
     """The next multiple of `step`."""
     return -(-size // step) * step
@@ -30,14 +35,14 @@ def like_layout(tensor: Any, shape: tuple[int, ...]) -> Any:
     cuDNN allocates its output so (`alloc_with_matching_layout`), which decides whether `.contiguous()` copies it.
     """
     order = sorted(range(4), key=lambda i: (-tensor.stride(i), i))
-    flat = torch.empty([shape[i] for i in order], dtype=tensor.dtype, device=tensor.device)
+    flat = empty(*(shape[i] for i in order), dtype=tensor.dtype)
     return flat.permute([order.index(i) for i in range(4)])
 
 
 def heads_last(shape: tuple[int, ...], like: Any) -> Any:
     """An empty (b, heads, s, d) tensor that lies in memory as (b, s, heads, d)."""
     b, heads, s, d = shape
-    return torch.empty((b, s, heads, d), dtype=like.dtype, device=like.device).transpose(1, 2)
+    return empty(b, s, heads, d, dtype=like.dtype).transpose(1, 2)
 
 
 class FusedAttention(torch.autograd.Function):  # type: ignore[misc]
@@ -51,8 +56,8 @@ class FusedAttention(torch.autograd.Function):  # type: ignore[misc]
         rows = round_up(s, 32) if kernel == "efficient" else s
         # Only flash attention computes the log-sum-exp where no gradient will need it.
         rows = rows if kernel == "flash" or any(ctx.needs_input_grad) else 0
-        log_sum = torch.empty((b, heads, rows), dtype=torch.float32, device=q.device)
-        seed = tuple(torch.empty((), dtype=torch.int64, device=q.device) for _ in range(2))  # dropout's, always kept
+        log_sum = empty(b, heads, rows)
+        seed = tuple(empty(dtype=torch.int64) for _ in range(2))  # dropout's, always kept
         ctx.save_for_backward(q, k, v, bias, out, log_sum, *seed)
         ctx.kernel = kernel
         return out
@@ -64,16 +69,15 @@ class FusedAttention(torch.autograd.Function):  # type: ignore[misc]
         if ctx.kernel == "cudnn":
             grads = tuple(like_layout(x, x.shape) for x in (q, k, v))
             scratch = [like_layout(out, out.shape)] if grad.stride() != out.stride() else []
-            scratch.append(_fp32(q, b * heads * s * (d + 1)))  # one workspace: the rows' sums, the queries' gradient
+            scratch.append(empty(b * heads * s * (d + 1)))  # one workspace: the rows' sums, the queries' gradient
         else:
             grads = tuple(heads_last(x.shape, q) for x in (q, k, v))
-            scratch = FusedAttention._flash_scratch(q, k) if ctx.kernel == "flash" else [_fp32(q, b, heads, s)]
+            scratch = FusedAttention._flash_scratch(q, k) if ctx.kernel == "flash" else [empty(b, heads, s)]
             if ctx.kernel == "efficient" and q.dtype != torch.float32:
-                scratch.append(_fp32(q, b, s, heads, d))
+                scratch.append(empty(b, s, heads, d))
         grad_bias = None
         if bias is not None and ctx.needs_input_grad[3]:
-            grad_bias = torch.empty((b, heads, s, k.shape[2]), dtype=q.dtype, device=q.device)
-            grad_bias = grad_bias.sum_to_size(bias.shape)
+            grad_bias = empty(b, heads, s, k.shape[2], dtype=q.dtype).sum_to_size(bias.shape)
         del scratch
         return (*grads, grad_bias, None)
 
@@ -82,14 +86,10 @@ class FusedAttention(torch.autograd.Function):  # type: ignore[misc]
         """Rows rounded to 128 and heads to 32 or 64 in fp32; with grouped heads, gradients for every head."""
         b, heads, s, d = q.shape
         rows, width = round_up(s, 128), round_up(d, 32 if d <= 128 else 64)
-        scratch = [_fp32(q, b, heads, rows), _fp32(q, b, rows, heads, width)]
+        scratch = [empty(b, heads, rows), empty(b, rows, heads, width)]
         if k.shape[1] != heads:
-            scratch += [torch.empty((b, k.shape[2], heads, d), dtype=q.dtype, device=q.device) for _ in range(2)]
+            scratch += [empty(b, k.shape[2], heads, d, dtype=q.dtype) for _ in range(2)]
         return scratch
-
-
-def _fp32(like: Any, *shape: int) -> Any:
-    return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
 def kernel_for(
@@ -153,7 +153,7 @@ def attention(
         return _sdpa(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     d = q.shape[-1]
     if kernel == "flash" and d % 8:
-        q, k, v = (F.pad(x, (0, round_up(d, 8) - d)) for x in (q, k, v))
+        q, k, v = (F.pad(x, (0, -d % 8)) for x in (q, k, v))
         return FusedAttention.apply(q, k, v, None, kernel)[..., :d]
     return FusedAttention.apply(q, k, v, None if attn_mask is None else _bias(attn_mask, q), kernel)
 

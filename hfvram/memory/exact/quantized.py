@@ -12,6 +12,7 @@ from torch import nn
 
 from hfvram.errors import HfvramError
 from hfvram.memory.exact.build import DTYPES
+from hfvram.memory.exact.kernels import empty
 from hfvram.memory.weights import DEQUANTIZED
 
 if TYPE_CHECKING:
@@ -22,11 +23,6 @@ BLOCK, NESTED_BLOCK = 64, 256
 FEW_ROWS = 32
 """Up to 512 it depends on the layer's sizes; that many always (`_gemm_4bit_use_custom_cuda`)."""
 ON_LOADING = "nf4", "fp4", "int8"
-
-
-def empty(*shape: int, dtype: Any = torch.float32) -> Any:
-    """An empty tensor on meta."""
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 class Codes(nn.Module):  # type: ignore[misc]

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 import transformers
 
 from hfvram.errors import HfvramError
-from hfvram.memory.exact.chunk_scan import chunk_scan, split_scan
+from hfvram.memory.exact.chunk_scan import Tune, chunk_scan, contiguous, split_scan
+from hfvram.memory.exact.kernels import empty
 from hfvram.memory.timeline import Tag, Timeline
 
 if TYPE_CHECKING:
@@ -28,8 +29,6 @@ TUNING_BYTES = 256 << 20
 TRANSFORMERS = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 FALLBACKS = ("slow_forward", "torch_forward")
 """The methods of a layer that can do without its kernels."""
-
-Tune = Callable[..., None]
 
 
 def tuner(timeline: Timeline) -> Tune:
@@ -106,7 +105,7 @@ class SelectiveScan(torch.autograd.Function):  # type: ignore[misc]
 def scan_states(u: Any, A: Any) -> Any:
     """fp32 (b, d, ⌈s/2048⌉, 2·N): running product and state at each chunk's end."""
     b, d, s = u.shape
-    return torch.empty((b, d, -(-s // SCAN_CHUNK), 2 * A.shape[1]), dtype=torch.float32, device=u.device)
+    return empty(b, d, -(-s // SCAN_CHUNK), 2 * A.shape[1])
 
 
 def selective_scan(
@@ -140,7 +139,7 @@ class MambaInner(torch.autograd.Function):  # type: ignore[misc]
         xz = last_contiguous(xz)
         rank, n = dt_proj.shape[1], A.shape[1]
         b, d, s = xz.shape[0], xz.shape[1] // 2, xz.shape[2]
-        convolved = torch.empty((b, d, s), dtype=xz.dtype, device=xz.device)
+        convolved = empty(b, d, s, dtype=xz.dtype)
         x_dbl = F.linear(rows(convolved).to(x_proj.dtype), x_proj)
         delta = (dt_proj @ x_dbl[:, :rank].t()).view(d, b, s).transpose(0, 1)
         B, C = (by_token(x_dbl[:, rank + i * n : rank + (i + 1) * n], b) for i in range(2))
@@ -198,21 +197,17 @@ def delta_rule(tune: Tune) -> Callable[..., Any]:
     def rule(
         query: Any, key: Any, value: Any, g: Any = None, beta: Any = None, output_final_state: bool = False, **_: Any
     ) -> Any:
-        b, s, heads, d_k = key.shape
-        d_v, h = value.shape[-1], value.shape[2]
-        normed = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (query, key)]
-        sums = torch.empty((b, s, h), dtype=torch.float32, device=key.device)
-        scores = torch.empty((b, s, h, 64), dtype=torch.float32, device=key.device)
+        (b, s, _, d_k), (h, d_v) = key.shape, value.shape[2:]
+        normed = [contiguous(t) for t in (query, key)]
+        sums, scores = empty(b, s, h), empty(b, s, h, 64)
         tune("delta rule", h, d_k, d_v)
-        inverse = torch.empty((b, s, h, 64), dtype=key.dtype, device=key.device)
+        inverse = empty(b, s, h, 64, dtype=key.dtype)
         del scores
-        w = torch.empty((b, s, h, d_k), dtype=key.dtype, device=key.device)
-        u = torch.empty_like(value, memory_format=torch.contiguous_format)
-        states = torch.empty((b, -(-s // 64), h, d_k, d_v), dtype=key.dtype, device=key.device)
-        last = torch.empty((b, h, d_k, d_v), dtype=torch.float32, device=key.device)
-        corrected = torch.empty_like(u)
-        out = torch.empty_like(u)
-        del normed, sums, inverse, w, states, corrected, heads
+        w, u = empty(b, s, h, d_k, dtype=key.dtype), contiguous(value)
+        states = empty(b, -(-s // 64), h, d_k, d_v, dtype=key.dtype)
+        last = empty(b, h, d_k, d_v)
+        corrected, out = contiguous(u), contiguous(u)
+        del normed, sums, inverse, w, states, corrected
         return out, (last if output_final_state else None)
 
     return rule
@@ -220,8 +215,7 @@ def delta_rule(tune: Tune) -> Callable[..., Any]:
 
 def delta_step(query: Any, key: Any, value: Any, *_: Any, initial_state: Any = None, **options: Any) -> Any:
     """`fused_recurrent_gated_delta_rule`: output and a new state."""
-    out = torch.empty(value.shape, dtype=value.dtype, device=value.device)
-    state = torch.empty((*value.shape[::2], key.shape[-1], value.shape[-1]), dtype=torch.float32, device=key.device)
+    out, state = contiguous(value), empty(*value.shape[::2], key.shape[-1], value.shape[-1])
     return out, (state if options.get("output_final_state") else None)
 
 
