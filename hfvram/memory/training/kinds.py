@@ -9,6 +9,9 @@ from typing import Final, Literal
 from hfvram.memory.training.blocks import NormCode, unknown
 from hfvram.model.architecture import Architecture
 
+NormOrder = Literal["last", "first", "between"]
+"""Where a layer's norms stand among its parameters: after its parts, before them, or one before each."""
+
 
 @dataclass(frozen=True, slots=True)
 class Kind:
@@ -26,6 +29,7 @@ class Kind:
     """Linear layers are `Conv1D`."""
     own_softmax: bool = False
     """Eager attention's softmax is in the scores' dtype."""
+    norms: NormOrder = "last"
     scaled: bool = False
     """The embeddings are multiplied by a number."""
 
@@ -38,10 +42,10 @@ KINDS: Final[dict[str, Kind]] = {
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
-    "gpt2": Kind(layer="held output", embedding="positions", transposed=True, own_softmax=True),
-    "gpt_bigcode": Kind(layer="held output", embedding="late positions", interleaved=True),
-    "gpt_neox": Kind(layer="two branches"),
-    "bloom": Kind(layer="with alibi", embedding="normed", counts=False),
+    "gpt2": Kind(norms="between", layer="held output", embedding="positions", transposed=True, own_softmax=True),
+    "gpt_bigcode": Kind(norms="between", layer="held output", embedding="late positions", interleaved=True),
+    "gpt_neox": Kind(norms="first", layer="two branches"),
+    "bloom": Kind(norms="between", layer="with alibi", embedding="normed", counts=False),
     "gemma": _GEMMA,
     "gemma2": _GEMMA,
 }

@@ -380,7 +380,12 @@ def linear(t: Tape, x: Tensor, weight: Tensor, bias: Tensor | None = None, tag: 
 
 def _turned(t: Tape, weight: Tensor) -> Tensor:
     """The transposed weight: its node decides when the gradient arrives."""
-    return attach(weight.alias(), t.record(_same, (weight,)))
+    return attach(weight.alias(), t.record(_viewed, (weight,)))
+
+
+def _viewed(t: Tape, saved: Saved, grads: Grads) -> Found:
+    grad = first(grads)
+    return (grad.as_(grad.shape, grad.strides),)
 
 
 def _linear(t: Tape, saved: Saved, grads: Grads) -> Found:

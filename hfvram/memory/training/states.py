@@ -2,10 +2,12 @@
 and gone through by clipping and optimizers in the order of `model.parameters()`."""
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 
 from hfvram.memory.timeline import Tag
 from hfvram.memory.training import operators as op
 from hfvram.memory.training.blocks import unknown
+from hfvram.memory.training.kinds import NormOrder, kind_of
 from hfvram.memory.training.tape import Parameter, Tape
 from hfvram.memory.training.tensors import Storage, Tensor, contiguous
 from hfvram.model.architecture import Architecture, Stack
@@ -62,19 +64,24 @@ class Weights:
 class Blocks:
     """The leaves of one layer, by its parts."""
 
-    __slots__ = ("feed_forward", "mixers", "own")
+    __slots__ = ("feed_forward", "mixers", "order", "own")
 
-    def __init__(self, layer: Layer, leaf: Callable[[Param], Leaf]) -> None:
+    def __init__(self, layer: Layer, leaf: Callable[[Param], Leaf], order: NormOrder) -> None:
+        self.order = order
         self.mixers = [[leaf(p) for p in m.params if p.kind != "buffer"] for m in layer.mixers]
         feed = layer.feed_forward.params if layer.feed_forward else ()
         self.feed_forward = [leaf(p) for p in feed if p.kind != "buffer"]
         self.own = [leaf(p) for p in layer.params if p.kind != "buffer"]
 
     def __iter__(self) -> Iterator[Leaf]:
+        norms = iter(self.own)
+        first = {"last": 0, "first": len(self.own), "between": len(self.own) // 2}[self.order]
+        yield from islice(norms, first)
         for mixer in self.mixers:
             yield from mixer
+        yield from islice(norms, 0 if self.order == "last" else len(self.own))
         yield from self.feed_forward
-        yield from self.own
+        yield from norms
 
 
 class States:
@@ -87,7 +94,7 @@ class States:
         layers: Sequence[tuple[Layer, int | None]],
         trains: Callable[[str], bool] = lambda name: True,
     ) -> None:
-        text = architecture.text
+        text, order = architecture.text, kind_of(architecture).norms
 
         def leaf(param: Param, segment: int | None = None) -> Leaf:
             return Leaf(param, param.dtype or dtype, trains(param.name), segment)
@@ -96,7 +103,7 @@ class States:
             return [leaf(p) for p in params if p.kind != "buffer"]
 
         self.before = several(text.before)
-        self.layers = [Blocks(x, lambda p, segment=segment: leaf(p, segment)) for x, segment in layers]  # type: ignore[misc]
+        self.layers = [Blocks(x, lambda p, segment=segment: leaf(p, segment), order) for x, segment in layers]  # type: ignore[misc]
         self.after = several(text.after)
         self.head = several(architecture.head)
 

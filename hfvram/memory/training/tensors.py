@@ -34,7 +34,7 @@ class Storage:
 class Tensor:
     """A view of a storage. `node` makes its gradient go on, as `grad_fn` does; None where no gradient is needed."""
 
-    __slots__ = ("dtype", "index", "node", "shape", "storage", "strides")
+    __slots__ = ("base", "dtype", "index", "node", "shape", "storage", "strides")
 
     def __init__(
         self, storage: Storage, shape: Shape, strides: Shape, dtype: str, node: "Node | None" = None, index: int = 0
@@ -45,6 +45,8 @@ class Tensor:
         self.dtype = dtype
         self.node = node
         self.index = index
+        self.base: Tensor | None = None
+        """What it is a view of: autograd holds that, so that a gradient that is a view is never added to in place."""
 
     @property
     def is_leaf(self) -> bool:
@@ -70,7 +72,9 @@ class Tensor:
 
     def as_(self, shape: Shape, strides: Shape) -> "Tensor":
         """Another view of the same storage, without the graph."""
-        return Tensor(self.storage, shape, strides, self.dtype)
+        view = Tensor(self.storage, shape, strides, self.dtype)
+        view.base = self.base or self
+        return view
 
 
 @lru_cache(maxsize=4096)
