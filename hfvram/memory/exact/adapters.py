@@ -75,9 +75,7 @@ def targets(asked: str | tuple[str, ...]) -> str | list[str]:
 
 
 def task(model: Any) -> str | None:
-    """PEFT's task type: what kind of forward it wraps; none where the model takes sound or pictures, not tokens."""
-    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+    """PEFT's task type: what kind of forward it wraps; none where the model generates no text, or not from tokens."""
+    if getattr(model, "main_input_name", "input_ids") != "input_ids" or not model.can_generate():
         return None
-    if getattr(model.config, "is_encoder_decoder", False):
-        return "SEQ_2_SEQ_LM"
-    return "CAUSAL_LM" if model.can_generate() else None
+    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
