@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from hfvram.errors import HfvramError, printable
+from hfvram.memory.exact.build import DTYPES
 from hfvram.memory.exact.labels import name_tensors
 from hfvram.memory.exact.run import Run
 from hfvram.memory.timeline import Tag
 from hfvram.request import Request
 
 ALPHA = 32
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def adapt(run: Run, model: Any, request: Request) -> Any:
@@ -27,8 +27,7 @@ def adapt(run: Run, model: Any, request: Request) -> Any:
         import peft
     except ImportError as error:
         raise HfvramError("missing_extra", "LoRA needs peft: pip install 'hfvram[exact]'") from error
-    run.tracker.category = "weights"
-    with run.tracker, torch.device("meta"), warnings.catch_warnings(action="ignore"):
+    with run.tracker, run.tracker.making("weights"), torch.device("meta"), warnings.catch_warnings(action="ignore"):
         if request.mode == "qlora" and request.fsdp is None:
             model.is_loaded_in_4bit = True
             model = peft.prepare_model_for_kbit_training(
@@ -56,7 +55,6 @@ def adapt(run: Run, model: Any, request: Request) -> Any:
             for parameter in adapted.parameters():
                 if parameter.requires_grad and parameter.dtype != DTYPES[request.adapter_dtype]:
                     parameter.data = parameter.data.to(DTYPES[request.adapter_dtype])
-    run.tracker.category = "activations"
     for parameter in adapted.parameters():
         if parameter.requires_grad and (handle := run.tracker.add(parameter)) is not None:
             run.timeline.tags[handle] = Tag("LoRA adapters", "weights", "", "PEFT's own code", "exact")

@@ -17,12 +17,10 @@ def build(tracker: Tracker, config: Mapping[str, Any], class_name: str | None, d
 
     Raises `missing_extra`, `unknown_architecture` and `bad_config` as `meta.build` does.
     """
-    tracker.category = "weights"
-    with tracker:
+    with tracker, tracker.making("weights"):
         asked = {"_attn_implementation": "eager"} if attention == "eager" else {}  # sdpa is the default where it runs
         model = meta.build({**config, **asked}, class_name, dtype)
         settle(model)
-    tracker.category = "activations"
     return model
 
 

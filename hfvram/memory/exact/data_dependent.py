@@ -24,34 +24,28 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 
-def handle_of(sight: "Tracker", tensor: Any) -> int | None:
-    """The handle of a tensor's storage, None where it is not followed."""
-    found = sight.live.get(tensor.untyped_storage()._cdata)
-    return None if found is None else found[0]
-
-
-def mean(sight: "Tracker", tensor: Any) -> float | None:
+def mean(tracker: "Tracker", tensor: Any) -> float | None:
     """What the elements of a tensor are assumed to be in the mean, None where nothing is known."""
     if not isinstance(tensor, torch.Tensor):
         return float(tensor) if isinstance(tensor, (int, float)) else None
-    handle = handle_of(sight, tensor)
-    return None if handle is None else sight.assumed.get(handle)
+    handle = tracker.handle_of(tensor)
+    return None if handle is None else tracker.assumed.get(handle)
 
 
-def scalar(sight: "Tracker", tensor: Any) -> bool | int | float:
+def scalar(tracker: "Tracker", tensor: Any) -> bool | int | float:
     """The value of a tensor of one element."""
-    known = mean(sight, tensor)
+    known = mean(tracker, tensor)
     if tensor.dtype == torch.bool:
-        handle = handle_of(sight, tensor)
-        return bool(known) if handle is None else sight.told.get(handle, bool(known))
+        handle = tracker.handle_of(tensor)
+        return bool(known) if handle is None else tracker.told.get(handle, bool(known))
     value = known or 0.0
     return value if tensor.dtype.is_floating_point else round(value)
 
 
-def values(sight: "Tracker", tensor: Any) -> Any:
+def values(tracker: "Tracker", tensor: Any) -> Any:
     """A tensor of host memory with the assumed values, whole numbers that add up."""
     out = torch.zeros(tensor.shape, dtype=tensor.dtype)
-    known, number = mean(sight, tensor), tensor.numel()
+    known, number = mean(tracker, tensor), tensor.numel()
     if known and number:
         least, more = divmod(round(known * number), number)
         flat = torch.full((number,), least)
@@ -60,9 +54,9 @@ def values(sight: "Tracker", tensor: Any) -> Any:
     return out
 
 
-def selected(sight: "Tracker", mask: Any) -> int:
+def selected(tracker: "Tracker", mask: Any) -> int:
     """How many elements of a mask are true; an expert's share is rounded up."""
-    known = mean(sight, mask)
+    known = mean(tracker, mask)
     number: int = mask.numel()
     return number if known is None else min(number, math.ceil(known * number - 1e-6))
 
@@ -79,18 +73,18 @@ def legible() -> Iterator[None]:
         yield
 
 
-def _nonzero(sight: "Tracker", func: Any, args: Any, kwargs: Any) -> Any:
-    rows = selected(sight, args[0])
+def _nonzero(tracker: "Tracker", func: Any, args: Any, kwargs: Any) -> Any:
+    rows = selected(tracker, args[0])
     return torch.empty((args[0].dim(), rows), dtype=torch.int64, device="meta").t()
 
 
-def _masked_select(sight: "Tracker", func: Any, args: Any, kwargs: Any) -> Any:
-    values, mask = torch.broadcast_tensors(args[0], args[1])
-    share = selected(sight, args[1]) / max(args[1].numel(), 1)
-    return values.new_empty(round(mask.numel() * share))
+def _masked_select(tracker: "Tracker", func: Any, args: Any, kwargs: Any) -> Any:
+    whole, mask = torch.broadcast_tensors(args[0], args[1])
+    share = selected(tracker, args[1]) / max(args[1].numel(), 1)
+    return whole.new_empty(round(mask.numel() * share))
 
 
-def _indexed(sight: "Tracker", indices: Any) -> list[Any] | None:
+def _indexed(tracker: "Tracker", indices: Any) -> list[Any] | None:
     """Indices where masks have become the positions that they select, as CUDA makes them; None where none is a mask."""
     found: list[Any] = []
     masks = False
@@ -99,28 +93,28 @@ def _indexed(sight: "Tracker", indices: Any) -> list[Any] | None:
             found.append(index)
         else:
             masks = True
-            with sight:  # these are seen, too
+            with tracker:  # these are seen, too
                 found += aten.nonzero(index).unbind(1)
     return found if masks else None
 
 
-def _index(sight: "Tracker", func: Any, args: Any, kwargs: Any) -> Any:
-    found = _indexed(sight, args[1])
+def _index(tracker: "Tracker", func: Any, args: Any, kwargs: Any) -> Any:
+    found = _indexed(tracker, args[1])
     return NotImplemented if found is None else func(args[0], found)
 
 
-def _index_put(sight: "Tracker", func: Any, args: Any, kwargs: Any) -> Any:
+def _index_put(tracker: "Tracker", func: Any, args: Any, kwargs: Any) -> Any:
     """A single value is filled in by `masked_fill_` on CUDA, without positions; of several there are as many as fit."""
     if args[2].numel() == 1:
         return NotImplemented
     mask = args[1][0] if len(args[1]) == 1 else None
     if mask is not None and mask.dtype == torch.bool and args[2].dim() > args[0].dim() - mask.dim():
-        learn(sight, mask, args[2].shape[0] / mask.numel())
-    found = _indexed(sight, args[1])
+        learn(tracker, mask, args[2].shape[0] / mask.numel())
+    found = _indexed(tracker, args[1])
     return NotImplemented if found is None else func(args[0], found, *args[2:], **kwargs)
 
 
-def _masked_fill(sight: "Tracker", func: Any, args: Any, kwargs: Any) -> Any:
+def _masked_fill(tracker: "Tracker", func: Any, args: Any, kwargs: Any) -> Any:
     """The value may be a number of host memory, which on meta is refused."""
     value = args[2]
     if not isinstance(value, torch.Tensor) or value.device.type == "meta":
@@ -128,54 +122,54 @@ def _masked_fill(sight: "Tracker", func: Any, args: Any, kwargs: Any) -> Any:
     return func._overloadpacket.Scalar(args[0], args[1], value.item())
 
 
-def _ctc_loss(sight: "Tracker", func: Any, args: Any, kwargs: Any) -> Any:
+def _ctc_loss(tracker: "Tracker", func: Any, args: Any, kwargs: Any) -> Any:
     """Every target is as long as the others. Source: PyTorch 2.11, native/cuda/LossCTC.cu."""
     frames, batch, _ = args[0].shape
     longest = args[1].shape[1] if args[1].dim() == 2 else -(-args[1].numel() // batch)
     return args[0].new_empty(batch), args[0].new_empty((batch, frames, 2 * longest + 1))
 
 
-def _ctc_loss_backward(sight: "Tracker", func: Any, args: Any, kwargs: Any) -> Any:
+def _ctc_loss_backward(tracker: "Tracker", func: Any, args: Any, kwargs: Any) -> Any:
     """Beside the gradient it holds the betas, which are as large as the alphas."""
-    with sight:
+    with tracker:
         betas = torch.empty_like(args[6])
     out = torch.empty_like(args[1])
-    sight.see(out)
+    tracker.see(out)
     del betas
     return out
 
 
-def _bincount(sight: "Tracker", func: Any, args: Any, kwargs: Any) -> Any:
+def _bincount(tracker: "Tracker", func: Any, args: Any, kwargs: Any) -> Any:
     weights = args[1] if len(args) > 1 else kwargs.get("weights")
     bins = max(args[2] if len(args) > 2 else kwargs.get("minlength", 0), 1)
     dtype = torch.int64 if weights is None else torch.float32 if weights.dtype == torch.float32 else torch.float64
     out = torch.empty(bins, dtype=dtype, device="meta")
     if weights is None:
-        learn(sight, out, args[0].numel() / bins)
+        learn(tracker, out, args[0].numel() / bins)
     return out
 
 
-def _unique(sight: "Tracker", func: Any, args: Any, kwargs: Any) -> Any:
+def _unique(tracker: "Tracker", func: Any, args: Any, kwargs: Any) -> Any:
     """All are equal: there is one value, each index is its, and it counts all."""
     like = args[0]
     counts = torch.empty(1, dtype=torch.int64, device="meta")
-    learn(sight, counts, like.numel())
+    learn(tracker, counts, like.numel())
     return like.new_empty(1), torch.empty(like.shape, dtype=torch.int64, device="meta"), counts
 
 
-def _repeat_interleave(sight: "Tracker", func: Any, args: Any, kwargs: Any) -> Any:
+def _repeat_interleave(tracker: "Tracker", func: Any, args: Any, kwargs: Any) -> Any:
     size = kwargs.get("output_size")
-    known = mean(sight, args[0])
+    known = mean(tracker, args[0])
     if size is None:
         size = args[0].numel() if known is None else round(known * args[0].numel())
     return torch.empty(size, dtype=torch.int64, device="meta")
 
 
-def _to_host(sight: "Tracker", func: Any, args: Any, kwargs: Any) -> Any:
+def _to_host(tracker: "Tracker", func: Any, args: Any, kwargs: Any) -> Any:
     device = kwargs.get("device")
     if device is None or device.type == "meta" or args[0].device.type != "meta":
         return NotImplemented
-    return values(sight, args[0]).to(kwargs.get("dtype") or args[0].dtype)
+    return values(tracker, args[0]).to(kwargs.get("dtype") or args[0].dtype)
 
 
 ANSWERS: dict[Any, Callable[[Any, Any, Any, Any], Any]] = {
@@ -198,102 +192,102 @@ ANSWERS: dict[Any, Callable[[Any, Any, Any, Any], Any]] = {
 """Operators that meta can't run, or runs otherwise; NotImplemented where it can after all."""
 
 
-def learn(sight: "Tracker", tensor: Any, value: float | None) -> None:
+def learn(tracker: "Tracker", tensor: Any, value: float | None) -> None:
     """The elements of this tensor are so many in the mean."""
-    if value is not None and (handle := sight.add(tensor)) is not None:
-        sight.assumed[handle] = value
+    if value is not None and (handle := tracker.add(tensor)) is not None:
+        tracker.assumed[handle] = value
 
 
-def forget(sight: "Tracker", tensor: Any) -> None:
+def forget(tracker: "Tracker", tensor: Any) -> None:
     """Something was written into this tensor."""
-    if (handle := handle_of(sight, tensor)) is not None:
-        sight.assumed.pop(handle, None)
+    if (handle := tracker.handle_of(tensor)) is not None:
+        tracker.assumed.pop(handle, None)
 
 
-def _tell(sight: "Tracker", tensor: Any, value: bool) -> None:
-    if (handle := sight.add(tensor)) is not None:
-        sight.told[handle] = value
+def _tell(tracker: "Tracker", tensor: Any, value: bool) -> None:
+    if (handle := tracker.add(tensor)) is not None:
+        tracker.told[handle] = value
 
 
 def _constant(value: float) -> Callable[[Any, Any, Any], None]:
-    return lambda sight, args, out: learn(sight, out, value)
+    return lambda tracker, args, out: learn(tracker, out, value)
 
 
-def _same(sight: "Tracker", args: Any, out: Any) -> None:
-    learn(sight, out, mean(sight, args[0]))
+def _same(tracker: "Tracker", args: Any, out: Any) -> None:
+    learn(tracker, out, mean(tracker, args[0]))
 
 
-def _filled(sight: "Tracker", args: Any, out: Any) -> None:
-    learn(sight, out, mean(sight, args[1]))
+def _filled(tracker: "Tracker", args: Any, out: Any) -> None:
+    learn(tracker, out, mean(tracker, args[1]))
 
 
-def _sum(sight: "Tracker", args: Any, out: Any) -> None:
-    if (known := mean(sight, args[0])) is not None and out.numel():
-        learn(sight, out, known * args[0].numel() / out.numel())
+def _sum(tracker: "Tracker", args: Any, out: Any) -> None:
+    if (known := mean(tracker, args[0])) is not None and out.numel():
+        learn(tracker, out, known * args[0].numel() / out.numel())
 
 
-def _histogram(sight: "Tracker", args: Any, out: Any) -> None:
-    learn(sight, out, args[0].numel() / out.numel())
+def _histogram(tracker: "Tracker", args: Any, out: Any) -> None:
+    learn(tracker, out, args[0].numel() / out.numel())
 
 
-def _scatter(sight: "Tracker", args: Any, out: Any) -> None:
+def _scatter(tracker: "Tracker", args: Any, out: Any) -> None:
     """A choice of few written as a mask."""
     if isinstance(args[3], (int, float)) and out.numel():
         share = args[2].numel() / out.numel()
-        learn(sight, out, (mean(sight, args[0]) or 0.0) * (1 - share) + args[3] * share)
+        learn(tracker, out, (mean(tracker, args[0]) or 0.0) * (1 - share) + args[3] * share)
 
 
-def _eq(sight: "Tracker", args: Any, out: Any) -> None:
+def _eq(tracker: "Tracker", args: Any, out: Any) -> None:
     """Of whole numbers compared to each of a row of others, one is equal: `one_hot`."""
     if out.numel() == 1:
-        _tell(sight, out, sight.unpadded)
+        _tell(tracker, out, tracker.unpadded)
         return
     other = args[1]
     if not isinstance(other, torch.Tensor):
-        _compare(lambda a, b: a == b, lambda b: False)(sight, args, out)
+        _compare(lambda a, b: a == b, lambda b: False)(tracker, args, out)
     elif other.dim() == 1 and other.numel() > 1 and args[0].shape[-1:] == (1,) and not other.is_floating_point():
-        learn(sight, out, 1 / other.numel())
+        learn(tracker, out, 1 / other.numel())
 
 
-def _all(sight: "Tracker", args: Any, out: Any) -> None:
+def _all(tracker: "Tracker", args: Any, out: Any) -> None:
     if out.numel() == 1:
-        _tell(sight, out, sight.unpadded or args[0].dim() > 2)
+        _tell(tracker, out, tracker.unpadded or args[0].dim() > 2)
 
 
 def _compare(holds: Callable[[float, float], bool], token: Callable[[float], bool]) -> Callable[[Any, Any, Any], None]:
     """A comparison with a number: of known values, or of tokens, which are ordinary: `token` of the number."""
 
-    def note(sight: "Tracker", args: Any, out: Any) -> None:
+    def note(tracker: "Tracker", args: Any, out: Any) -> None:
         if not isinstance(args[1], (int, float)):
             return
-        if (known := mean(sight, args[0])) is not None:
-            learn(sight, out, float(holds(known, args[1])))
+        if (known := mean(tracker, args[0])) is not None:
+            learn(tracker, out, float(holds(known, args[1])))
         elif not args[0].is_floating_point() and args[0].dtype != torch.bool:
-            learn(sight, out, float(token(args[1])))
+            learn(tracker, out, float(token(args[1])))
 
     return note
 
 
-def _above(sight: "Tracker", args: Any, out: Any) -> None:
+def _above(tracker: "Tracker", args: Any, out: Any) -> None:
     """Of counts below one in the mean, as many are above zero as there are."""
-    known = mean(sight, args[0])
+    known = mean(tracker, args[0])
     if known is not None and args[1] == 0 and 0 < known < 1:
-        learn(sight, out, known)
+        learn(tracker, out, known)
     else:
-        _compare(lambda a, b: a > b, lambda b: b <= 0)(sight, args, out)
+        _compare(lambda a, b: a > b, lambda b: b <= 0)(tracker, args, out)
 
 
-def _not(sight: "Tracker", args: Any, out: Any) -> None:
-    if (known := mean(sight, args[0])) is not None and args[0].dtype == torch.bool:
-        learn(sight, out, 1 - known)
+def _not(tracker: "Tracker", args: Any, out: Any) -> None:
+    if (known := mean(tracker, args[0])) is not None and args[0].dtype == torch.bool:
+        learn(tracker, out, 1 - known)
 
 
-def _and(sight: "Tracker", args: Any, out: Any) -> None:
-    a, b = mean(sight, args[0]), mean(sight, args[1])
+def _and(tracker: "Tracker", args: Any, out: Any) -> None:
+    a, b = mean(tracker, args[0]), mean(tracker, args[1])
     if a == 0 or b == 0:
-        learn(sight, out, 0)
+        learn(tracker, out, 0)
     elif a is not None and b is not None and out.dtype == torch.bool:
-        learn(sight, out, a * b)
+        learn(tracker, out, a * b)
 
 
 NOTES: dict[Any, Callable[[Any, Any, Any], None]] = {

@@ -1,7 +1,5 @@
 """Data parallel training by DistributedDataParallel's own code on meta: its buckets hold the gradients once more."""
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
 
@@ -10,9 +8,9 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from hfvram.memory.exact.run import Run
-from hfvram.memory.exact.tracker import Tracker
 
 BUCKETS = "gradients in DDP's buckets"
+VERIFY = "torch.nn.parallel.distributed._verify_param_shape_across_processes"
 
 
 class _Unlogged:
@@ -27,12 +25,13 @@ def replicate(run: Run, model: Any) -> Any:
     Nothing is reduced: a hook hands each bucket back. Buckets are allocated whole, then again in the order in which
     gradients come (25 MiB each), as on CUDA.
     """
-    with run.tracker, _one_shape(), _buckets(run.tracker):
+    one_shape = patch(VERIFY, lambda *args: None)  # ranks compare the shapes of their parameters; here there is one
+    with run.tracker, one_shape, run.tracker.making("gradients", BUCKETS):
         wrapped = DistributedDataParallel(model)
     prepare = wrapped._pre_forward
 
     def pre_forward(*args: Any, **kwargs: Any) -> Any:
-        with _buckets(run.tracker):  # which the second forward lays out anew
+        with run.tracker.making("gradients", BUCKETS):  # which the second forward lays out anew
             return prepare(*args, **kwargs)
 
     wrapped._pre_forward = pre_forward
@@ -41,24 +40,7 @@ def replicate(run: Run, model: Any) -> Any:
     return wrapped
 
 
-@contextlib.contextmanager
-def _buckets(tracker: Tracker) -> Iterator[None]:
-    before = tracker.category, tracker.module
-    tracker.category, tracker.module = "gradients", BUCKETS
-    try:
-        yield
-    finally:
-        tracker.category, tracker.module = before
-
-
 def _handed_back(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
     future.set_result(bucket.buffer())
     return future
-
-
-@contextlib.contextmanager
-def _one_shape() -> Iterator[None]:
-    """Ranks compare the shapes of their parameters first; here there is one rank."""
-    with patch("torch.nn.parallel.distributed._verify_param_shape_across_processes", lambda *args: None):
-        yield

@@ -100,11 +100,8 @@ class Watch:
         if tracker.module or tracker.backward or tracker.category != "activations":
             yield
             return
-        tracker.category, tracker.module = "inputs", "inputs"
-        try:
+        with tracker.making("inputs", "inputs"):
             yield
-        finally:
-            tracker.category, tracker.module = "activations", ""
 
     def parameters(self) -> Iterator[tuple[str, Any]]:
         """Every parameter of the modules that were called, with its path."""

@@ -39,12 +39,10 @@ def inputs(run: Run, model: Any, request: Request) -> dict[str, Any]:
     shapes = forms[0]
     if len(forms) > 1:
         shapes = next((form for form in forms if runs(run, model, empty(model, decoding(model, form)))), shapes)
-    run.tracker.category = "inputs"
-    with run.tracker:
+    with run.tracker, run.tracker.making("inputs"):
         given = empty(model, shapes)
         if "labels" in given and given["labels"].shape == shapes.get("input_ids"):
             given["labels"] = given["input_ids"]
-    run.tracker.category = "activations"
     return given
 
 

@@ -154,6 +154,11 @@ def sizes(layer: Any) -> tuple[int, int]:
     return (rows, columns) if isinstance(layer, nn.Linear) else (columns, rows)
 
 
+def method(request: "Request") -> str:
+    """How weights are packed; QLoRA is nf4 where nothing is said."""
+    return "nf4" if request.mode == "qlora" and request.quant not in ON_LOADING else request.quant
+
+
 def quantize(run: "Run", model: Any, request: "Request") -> None:
     """Replace the linear layers, but not the head, as `BitsAndBytesConfig` does; raises `usage` for other methods.
 
@@ -161,7 +166,7 @@ def quantize(run: "Run", model: Any, request: "Request") -> None:
     is how FSDP-QLoRA stores it: the scales are no parameters, and stay whole on every rank. Source: bitsandbytes,
     docs/source/fsdp_qlora.md; accelerate 1.15, `fsdp2_prepare_model`. No GPU has measured it yet.
     """
-    quant = "nf4" if request.mode == "qlora" and request.quant not in ON_LOADING else request.quant
+    quant = method(request)
     if quant in ("auto", "none", *DEQUANTIZED):
         return
     if quant not in ON_LOADING:
@@ -171,8 +176,7 @@ def quantize(run: "Run", model: Any, request: "Request") -> None:
         )
     head, dtype = model.get_output_embeddings(), DTYPES[request.dtype]
     storage = dtype if request.fsdp else torch.uint8
-    run.tracker.category = "weights"
-    with run.tracker:
+    with run.tracker, run.tracker.making("weights"):
         for parent in list(model.modules()):
             for name, layer in list(parent.named_children()):
                 if layer is not head and (type(layer) is nn.Linear or type(layer).__name__ == "Conv1D"):
@@ -180,4 +184,3 @@ def quantize(run: "Run", model: Any, request: "Request") -> None:
                     new = Linear8bit(layer) if quant == "int8" else Linear4bit(layer, dtype, nested, storage)
                     setattr(parent, name, new.train(layer.training))
                     del new, layer
-    run.tracker.category = "activations"

@@ -17,7 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from hfvram.errors import HfvramError
 from hfvram.memory.exact.build import in_order
 from hfvram.memory.exact.labels import name_tensors
-from hfvram.memory.exact.quantized import ON_LOADING
+from hfvram.memory.exact.quantized import ON_LOADING, method
 from hfvram.memory.exact.run import Run
 from hfvram.request import Request
 
@@ -69,7 +69,7 @@ def check_packed(request: Request) -> None:
     bitsandbytes do not. FSDP2 hands its modules plain parameters: `Linear4bit` finds its scales again, `Linear8bitLt`
     (`self.weight.CB`) does not. And a policy that casts gathered weights would cast what is packed.
     """
-    quant = "nf4" if request.mode == "qlora" and request.quant not in ON_LOADING else request.quant
+    quant = method(request)
     if quant not in ON_LOADING:
         return
     if request.tp > 1:

@@ -8,22 +8,24 @@ dispatch mode sees. Each is replaced while `fsdp_on_meta` stands, and put back.
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.distributed import device_mesh
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from hfvram.memory.exact.build import DTYPES
 from hfvram.memory.exact.tracker import Tracker
-from hfvram.memory.timeline import Category
 from hfvram.request import Request
 
 FSDP = "torch.distributed.fsdp._fully_shard."
 GATHERED = "parameters gathered by FSDP"
 REDUCED = "gradients in FSDP's reduce-scatter"
 WHOLE = "gradients before FSDP's reduce-scatter"
+VALIDATE = "_validate_no_meta_params"
 
 
 class CudaStream:
@@ -83,7 +85,7 @@ def fsdp_on_meta(tracker: Tracker) -> Iterator[None]:
     def alloc_storage(tensor: Any) -> None:
         if tensor.untyped_storage().size() != (nbytes := tensor.numel() * tensor.itemsize):
             tensor.untyped_storage().resize_(nbytes)
-            with _named(tracker, "workspace", GATHERED):
+            with tracker.making("workspace", GATHERED):
                 tracker.resized(tensor, nbytes)
 
     def free_storage(tensor: Any) -> None:
@@ -91,9 +93,9 @@ def fsdp_on_meta(tracker: Tracker) -> Iterator[None]:
             tensor.untyped_storage().resize_(0)
             tracker.resized(tensor, 0)
 
-    def named(function: Any, category: Category, name: str) -> Any:
+    def gathering(function: Any) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:
-            with _named(tracker, category, name):
+            with tracker.making("workspace", GATHERED):
                 return function(*args, **kwargs)
 
         return run
@@ -103,48 +105,24 @@ def fsdp_on_meta(tracker: Tracker) -> Iterator[None]:
 
     def reduced(parameters: Any, gradients: Any, *args: Any, **kwargs: Any) -> Any:
         tracker.retag(gradients, "gradients", WHOLE)
-        with _named(tracker, "gradients", REDUCED):
+        with tracker.making("gradients", REDUCED):
             return reduce(parameters, gradients, *args, **kwargs)
 
+    stand_ins: dict[str, Callable[..., Any]] = {
+        "_get_device_handle": lambda kind="cuda": device if kind == "meta" else handle(kind),
+        "_get_device_from_mesh": lambda mesh: torch.device("meta"),
+        "alloc_storage": alloc_storage,
+        "free_storage": free_storage,
+    }
+    gathers = {name: gathering(getattr(group, name)) for name in ("foreach_all_gather", "foreach_all_gather_copy_out")}
     with contextlib.ExitStack() as stack:
         for name, module in list(sys.modules.items()):
-            if name.startswith(FSDP) and hasattr(module, "_get_device_handle"):
-                replaced = _replaced(module, _get_device_handle=lambda t="cuda": device if t == "meta" else handle(t))
-                stack.enter_context(replaced)
-            if name.startswith(FSDP) and hasattr(module, "_get_device_from_mesh"):
-                stack.enter_context(_replaced(module, _get_device_from_mesh=lambda mesh: torch.device("meta")))
-            if name.startswith(FSDP) and hasattr(module, "alloc_storage"):
-                stack.enter_context(_replaced(module, alloc_storage=alloc_storage, free_storage=free_storage))
-        calls: tuple[tuple[str, Category, str], ...] = (
-            ("foreach_all_gather", "workspace", GATHERED),
-            ("foreach_all_gather_copy_out", "workspace", GATHERED),
-        )
-        stack.enter_context(_replaced(group, **{f: named(getattr(group, f), c, n) for f, c, n in calls}))
-        stack.enter_context(_replaced(group, foreach_reduce=reduced))
-        stack.enter_context(_replaced(group.FSDPParamGroup, _validate_no_meta_params=lambda self: None))
+            if name.startswith(FSDP):
+                for function in stand_ins.keys() & vars(module).keys():
+                    stack.enter_context(patch.object(module, function, stand_ins[function]))
+        stack.enter_context(patch.multiple(group, foreach_reduce=reduced, **gathers))
+        stack.enter_context(patch.object(group.FSDPParamGroup, VALIDATE, lambda self: None, create=True))
         yield
-
-
-@contextlib.contextmanager
-def _replaced(owner: Any, **new: Any) -> Iterator[None]:
-    old = {name: getattr(owner, name) for name in new if hasattr(owner, name)}
-    for name in old:
-        setattr(owner, name, new[name])
-    try:
-        yield
-    finally:
-        for name, value in old.items():
-            setattr(owner, name, value)
-
-
-@contextlib.contextmanager
-def _named(tracker: Tracker, category: Category, name: str) -> Iterator[None]:
-    before = tracker.category, tracker.module
-    tracker.category, tracker.module = category, name
-    try:
-        yield
-    finally:
-        tracker.category, tracker.module = before
 
 
 def shard(model: Any, request: Request, mesh: DeviceMesh) -> None:
@@ -155,7 +133,7 @@ def shard(model: Any, request: Request, mesh: DeviceMesh) -> None:
     names = ("replica", "shard") if request.fsdp == "hybrid_shard" else ("shard",)
     options: dict[str, Any] = {"mesh": mesh[names], "reshard_after_forward": request.fsdp != "shard_grad_op"}
     if request.mixed_precision != "no":
-        low = torch.bfloat16 if request.mixed_precision == "bf16" else torch.float16
+        low = DTYPES[request.mixed_precision]
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
     for layer in layers(model):
         fully_shard(layer, **options)

@@ -2,7 +2,8 @@
 
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain, repeat
 from typing import Any
 
@@ -11,49 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hfvram.memory.exact.data_dependent import ANSWERS, NOTES, forget, scalar
 from hfvram.memory.exact.meta_kernels import MetaKernels
-from hfvram.memory.generation import CUBLAS_SOURCE, HOPPER
+from hfvram.memory.exact.scratch import CUBLAS, CUBLASLT, CUBLASLT_BYTES, MATRIX_PRODUCTS, scratch_bytes
+from hfvram.memory.generation import HOPPER
 from hfvram.memory.timeline import Category, Tag, Timeline, starred
 
 aten = torch.ops.aten
-CUBLASLT_BYTES = 1 << 20
-"""cuBLASLt's, which products with a bias use, one for each thread too. Source: PyTorch 2.11, CUDABlas.cpp."""
-CUBLAS = Tag("cuBLAS workspace", "workspace", "one for each thread that multiplies", CUBLAS_SOURCE)
-CUBLASLT = Tag("cuBLASLt workspace", "workspace", "1 MiB, one a thread", "PyTorch 2.11: CUDABlas.cpp")
-MATRIX_PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.addbmm, aten._grouped_mm, aten._scaled_mm}
 OWN = "the model's own code"
 IN_BACKWARD = "gradients of activations"
-
-
-def scratch_bytes(operator: Any, args: tuple[Any, ...]) -> tuple[int, ...]:
-    """What CUDA's kernel of an operator holds beside its inputs and outputs, where the meta kernel does not show it.
-
-    Softmax's backward multiplies into a tensor of its own; a sort keeps indices and values twice; `_safe_softmax` marks
-    rows that are masked whole. Source: PyTorch 2.11, native/cuda/SoftMax.cu, Sort.cu; measured exactly.
-    """
-    if operator is aten._softmax_backward_data:
-        return (args[0].numel() * args[0].element_size(),)
-    if operator in (aten.sort, aten.argsort):
-        return (args[0].numel() * 8, args[0].numel() * args[0].element_size())
-    if operator is aten._safe_softmax:
-        return (args[0].numel(),)
-    if operator is aten.embedding_dense_backward:
-        return embedding_scratch_bytes(args[1].numel(), args[0].shape[-1], args[2])
-    return ()
-
-
-def embedding_scratch_bytes(tokens: int, width: int, rows: int) -> tuple[int, ...]:
-    """An embedding's backward sorts its tokens where they are more than 3,072, and sums runs of ten in fp32.
-
-    Source: PyTorch 2.11, native/cuda/Embedding.cu and EmbeddingBackwardKernel.cu.
-
-    >>> embedding_scratch_bytes(3072, 2048, 32000), embedding_scratch_bytes(4096, 8, 32000)[-1]
-    ((), 144160)
-    """
-    if tokens <= 3072:
-        return ()
-    segments = min(tokens, rows)
-    runs = tokens // 10 + segments
-    return (tokens * 8, tokens * 8, tokens * 8, segments * 8, segments * 8, runs * 8, runs * width * 4)
 
 
 class Tracker(TorchDispatchMode):  # type: ignore[misc]
@@ -148,6 +113,21 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
 
         return died
 
+    def handle_of(self, tensor: Any) -> int | None:
+        """The handle of a tensor's storage, None where it is not followed."""
+        known = self.live.get(tensor.untyped_storage()._cdata)
+        return None if known is None else known[0]
+
+    @contextmanager
+    def making(self, category: Category, module: str | None = None) -> Iterator[None]:
+        """What is new inside is of this category, and of this module where one is named."""
+        before = self.category, self.module
+        self.category, self.module = category, self.module if module is None else module
+        try:
+            yield
+        finally:
+            self.category, self.module = before
+
     def entered(self, module: str) -> str:
         """What runs from now on is this module's; which module's it was so far."""
         before, self.module = self.module, module
@@ -183,14 +163,13 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
             written.clear()
         for noted in (self.live, self.told, self.assumed, timeline.streams, timeline.made):
             noted.clear()
-        before, self.category = self.category, "weights"
-        for tensor in tensors:
-            self.add(tensor)
-        self.category = "inputs"
-        for storage, made in inputs:
-            if storage is not None:
-                timeline.made[self._stands(storage._cdata, storage, storage.nbytes())] = made
-        self.category = before
+        with self.making("weights"):
+            for tensor in tensors:
+                self.add(tensor)
+        with self.making("inputs"):
+            for storage, made in inputs:
+                if storage is not None:
+                    timeline.made[self._stands(storage._cdata, storage, storage.nbytes())] = made
 
     def workspace(self, thread: str, biased: bool) -> None:
         """The workspaces of matrix products, which stay once a thread has one."""
@@ -214,7 +193,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
         tag, timeline = Tag(name, category, "", OWN, "exact"), self.timeline
         for tensor, path in zip(tensors, chain(paths, repeat("")), strict=False):
             tensor = getattr(tensor, "_local_tensor", tensor)
-            if (known := self.live.get(tensor.untyped_storage()._cdata)) is not None:
-                timeline.tags[known[0]] = tag
+            if (handle := self.handle_of(tensor)) is not None:
+                timeline.tags[handle] = tag
                 if path:
-                    timeline.made[known[0]] = path, *timeline.made[known[0]][1:]
+                    timeline.made[handle] = path, *timeline.made[handle][1:]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from hfvram.errors import HfvramError
+from hfvram.memory.exact.build import DTYPES
 from hfvram.memory.exact.data_dependent import legible
 from hfvram.memory.exact.inputs import inputs
 from hfvram.memory.exact.labels import name_gradients, name_states
@@ -16,7 +17,6 @@ from hfvram.request import Request
 
 STEPS = 2
 """The first step makes the optimizer's states, the second has them from its start."""
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def train(run: Run, model: Any, request: Request) -> None:
@@ -48,11 +48,8 @@ def train(run: Run, model: Any, request: Request) -> None:
 def padding_mask(run: Run, ids: Any) -> Any:
     """The mask of sequences that are not all of one length; without one, attention needs none."""
     run.tracker.unpadded = False
-    run.tracker.category = "inputs"
-    with run.tracker:
-        mask = torch.ones_like(ids)
-    run.tracker.category = "activations"
-    return mask
+    with run.tracker, run.tracker.making("inputs"):
+        return torch.ones_like(ids)
 
 
 def steps(run: Run, model: Any, given: dict[str, Any], parameters: list[Any], request: Request) -> None:
@@ -79,13 +76,11 @@ def steps(run: Run, model: Any, given: dict[str, Any], parameters: list[Any], re
             h.grad = part(p.grad)
         name(run, named, opt)
         timeline.mark("clipping")
-        tracker.module = "gradient clipping"
-        clip(held)
+        with tracker.making("activations", "gradient clipping"):
+            clip(held)
         timeline.mark("optimizer step")
-        tracker.category, tracker.module = "optimizer", "temporaries of the optimizer step"
-        with fused_on_meta():
+        with tracker.making("optimizer", "temporaries of the optimizer step"), fused_on_meta():
             opt.step()
-        tracker.category, tracker.module = "activations", ""
         name(run, named, opt)
         for p in (*parameters, *held):
             p.grad = None
