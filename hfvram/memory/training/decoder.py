@@ -87,7 +87,7 @@ def decode(
     if architecture.final_norm:
         weights = tuple([leaf.tensor for leaf in states.after if leaf.param.kind == "norm"])
         hidden = normalize(t, hidden, weights, architecture.final_norm, kind.norm)
-    around.held = None
+    around.held = around.ones = None
     del embedded
     return hidden
 

@@ -80,11 +80,15 @@ def two_branches(t: Tape, layer: Layer, blocks: Blocks, hidden: Tensor, around: 
     attended = op.dropout(t, attended, around.dropout.residual, DROPPED)
     w = Weights(blocks.feed_forward)
     if layer.parallel:
-        fed = _plain_mlp(t, feed, w, normalize(t, hidden, own.norm(2), "layer"))
+        normed = normalize(t, hidden, own.norm(2), "layer")
+        fed = _plain_mlp(t, feed, w, normed)
+        del normed
         fed = op.dropout(t, fed, around.dropout.residual, DROPPED)
         return op.add(t, op.add(t, fed, attended, HIDDEN), hidden, HIDDEN)
     attended = op.add(t, attended, hidden, HIDDEN)
-    fed = _plain_mlp(t, feed, w, normalize(t, attended, own.norm(2), "layer"))
+    normed = normalize(t, attended, own.norm(2), "layer")
+    fed = _plain_mlp(t, feed, w, normed)
+    del normed
     fed = op.dropout(t, fed, around.dropout.residual, DROPPED)
     return op.add(t, fed, attended, HIDDEN)
 

@@ -181,7 +181,7 @@ def _math(
     if groups > 1:
         k, v = (_repeated(t, x, groups, tag) for x in (k, v))
     scores = matmul(t, q, scale(t, transpose(t, k, 2, 3), tag), tag)
-    if bias is not None:
+    if bias is not None and (t.on_meta or bias.node is not None):  # else it is added in place
         scores = mask(t, scores, bias, tag)
     weights = softmax(t, scores, tag=tag)
     if bias is not None:

@@ -47,6 +47,7 @@ def timeline(architecture: Architecture, request: Request, on_meta: bool = False
     states = States(architecture, request.dtype, layers)
     optimizer = Optimizer(request.optimizer, tape, states.trained())
     _steps(tape, architecture, states, layers, ids, optimizer, request)
+    t.events = t.events[:]  # what dies with this function is no part of the run
     t.symbols = symbols(architecture, Forward(batch=request.batch, tokens=request.ctx or 1, dtype=request.dtype))
     _count(t, states.trained(), optimizer, groups)
     if groups:
