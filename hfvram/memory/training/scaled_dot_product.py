@@ -13,6 +13,7 @@ from hfvram.memory.training.operators import (
     Found,
     Grads,
     attach,
+    clone,
     dropout,
     expand,
     first,
@@ -192,7 +193,7 @@ def _math(
 
 
 def _repeated(t: Tape, x: Tensor, groups: int, tag: Tag | None) -> Tensor:
-    """`repeat_interleave` of the heads: a copy of an expanded view."""
+    """`repeat_interleave` of the heads: always a copy."""
     b, heads, s, d = x.shape
     wide = expand(t, reshape(t, x, b, heads, 1, s, d), b, heads, groups, s, d)
-    return reshape(t, wide, b, heads * groups, s, d)
+    return reshape(t, clone(t, wide, True, tag), b, heads * groups, s, d)
