@@ -47,7 +47,7 @@ def test_the_answer_is_kept_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     folder = llama_folder(tmp_path)
     options = {"mode": "train", "ctx": 64}
     first = hfvram.estimate(folder, **options)
-    monkeypatch.setattr(simulated, "replay", None)  # nothing can be worked out anew
+    monkeypatch.setattr(simulated, "at_peak", None)  # nothing can be worked out anew
     again = hfvram.estimate(folder, **options)
     assert again == first
     assert [t.bytes for t in again.largest_tensors] == sorted((t.bytes for t in again.largest_tensors), reverse=True)

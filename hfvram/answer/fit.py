@@ -7,7 +7,7 @@ from math import log2
 
 from hfvram.answer.estimate import Fit, Way
 from hfvram.answer.gpus import Gpu
-from hfvram.answer.supported import SIMULATED_CACHES
+from hfvram.answer.supported import simulated_by_default
 from hfvram.errors import HfvramError
 from hfvram.request import Request
 
@@ -16,16 +16,11 @@ DeviceBytes = Callable[[Request], int]
 
 LIMIT = 10**9
 """No context and no batch is searched beyond it."""
-
 LEAST_CTX = 256
 """A context below this (or below the one asked) is not proposed as a way to make a model fit."""
-
 MOST_WAYS = 6
-
 MOST_RUNS = 8
 """Of a model's own code in search of ways to run it: each takes seconds, so the mildest changes come first."""
-
-
 Change = Callable[[Request], Request]
 
 
@@ -47,7 +42,7 @@ def judge(device_bytes: DeviceBytes, request: Request, gpu: Gpu, *, max_position
     needed, capacity = measured(request), gpu.memory_bytes
     longest = max(request.ctx, max_positions) if max_positions else LIMIT
     fits = needed <= capacity
-    searched = request.mode == "inference" and request.cache not in SIMULATED_CACHES
+    searched = not simulated_by_default(request)
     return Fit(
         gpu=gpu.name,
         capacity_bytes=capacity,
@@ -104,7 +99,7 @@ def largest(taken: Callable[[int], int], capacity: int, start: int, most: int) -
 
 def ways(device_bytes: DeviceBytes, request: Request, capacity: int) -> tuple[Way, ...]:
     """Changes, and pairs of changes where neither alone is enough, with which `request` fits; the mildest first."""
-    stepwise = request.mode != "inference" or request.cache in SIMULATED_CACHES
+    stepwise = simulated_by_default(request)
     singles = fixed_changes(request) if stepwise else changes(device_bytes, request, capacity)
     tried = [parts for count in (1, 2) for parts in combinations(singles, count)]
     if stepwise:

@@ -1,5 +1,6 @@
 """The largest tensors that are live at the peak, each by where it is from and what it is."""
 
+from dataclasses import replace
 from typing import Any
 
 from hfvram.answer.estimate import LiveTensor
@@ -19,15 +20,14 @@ def largest(timeline: Timeline, peaks: Peaks, number: int = 10, alike: bool = Tr
 
     Nothing, where the timeline was written by a formula, which has no tensors.
     """
+    if not timeline.made:
+        return ()
     found: dict[Any, LiveTensor] = {}
     counts: dict[Any, int] = {}
     handles = [h for h in timeline.live(peaks.event) if timeline.sizes[h]]
     for handle in sorted(handles, key=lambda h: -timeline.sizes[h]):
-        tag, made = timeline.tags[handle], timeline.made.get(handle)
-        if made is None and not timeline.made:
-            return ()
-        tensor = named(tag, made, timeline.sizes[handle])
-        key = (starred(tensor.path), *(getattr(tensor, n) for n in LiveTensor.__slots__[1:])) if alike else handle
+        tensor = named(timeline.tags[handle], timeline.made.get(handle), timeline.sizes[handle])
+        key = replace(tensor, path=starred(tensor.path)) if alike else handle
         if key not in found:
             if len(found) == number:
                 if not alike or tensor.bytes < min(t.bytes for t in found.values()):
@@ -35,7 +35,7 @@ def largest(timeline: Timeline, peaks: Peaks, number: int = 10, alike: bool = Tr
                 continue
             found[key] = tensor
         counts[key] = counts.get(key, 0) + 1
-    return tuple(LiveTensor(**{**_fields(t), "count": counts[k]}) for k, t in found.items())
+    return tuple(replace(tensor, count=counts[key]) for key, tensor in found.items())
 
 
 def named(tag: Tag, made: Made | None, nbytes: int) -> LiveTensor:
@@ -58,7 +58,3 @@ def named(tag: Tag, made: Made | None, nbytes: int) -> LiveTensor:
         bytes=nbytes,
         count=1,
     )
-
-
-def _fields(tensor: LiveTensor) -> dict[str, Any]:
-    return {name: getattr(tensor, name) for name in tensor.__slots__}

@@ -4,14 +4,15 @@ from dataclasses import replace
 
 from hfvram import __version__
 from hfvram.answer import guide, pipeline
-from hfvram.answer.estimate import Estimate, Fit, Interval, Item, Recommended
+from hfvram.answer.estimate import Estimate, Fit, Interval, Recommended
 from hfvram.answer.facts import facts, guide_items
 from hfvram.answer.fit import judge
 from hfvram.answer.gpus import Gpu, find_gpu, recommend
 from hfvram.answer.interval import interval
-from hfvram.answer.items import derived, items
+from hfvram.answer.items import derived
+from hfvram.answer.peak import AtPeak, at_peak
 from hfvram.answer.resolve import resolve
-from hfvram.answer.supported import SIMULATED_CACHES, check
+from hfvram.answer.supported import check, simulated_by_default
 from hfvram.errors import HfvramError
 from hfvram.memory.allocator import replay
 from hfvram.memory.device import device_bytes, kernels_bytes
@@ -47,7 +48,7 @@ class Session:
         file: str | None = None,
     ) -> Estimate:
         """What `request` takes of one GPU. Raises `HfvramError` of every kind of SPEC's table."""
-        if request.method == "auto" and (request.mode != "inference" or request.cache in SIMULATED_CACHES):
+        if request.method == "auto" and simulated_by_default(request):
             request = request.with_(method="simulate")
         check(request)
         allowed = (request.allow_unknown, request.trust_remote_code, request.method)
@@ -119,8 +120,7 @@ def verdict(model: Model, found: Estimate, gpu: Gpu) -> tuple[Fit, list[str]]:
     if (request.gpus or 1) == 1:
         known = {request: found.device_bytes}
         limit = model.architecture.max_positions
-        by_formula = request.mode == "inference" and request.cache not in SIMULATED_CACHES
-        by_formula = by_formula and model.architecture.closed_form
+        by_formula = model.architecture.closed_form and not simulated_by_default(request)
         needed = taken if by_formula else lambda m, r: estimate_of(m, r).device_bytes
         return judge(lambda r: known[r] if r in known else needed(model, r), request, gpu, max_positions=limit), []
     if request.max_ctx or request.max_batch:
@@ -147,51 +147,25 @@ def estimate_of(model: Model, asked: Request) -> Estimate:
     if asked.method == "auto" and not model.architecture.closed_form:
         asked = asked.with_(method="simulate")  # no formula knows it
     request, notes = resolve(model.architecture, asked)
-    ruled = guide_items(model, request)
     if request.method == "guide":
-        return _estimate(model, request, ruled, sum(i.bytes for i in ruled), "", notes)
+        return _ruled(model, request, notes)
     if request.method == "simulate":
-        return _simulated(model, request, notes)
-    written = timeline(model.architecture, request)
-    peaks = replay(written, request.expandable_segments)
-    found = items(written, peaks)
-    phase = written.phase_at(peaks.event)
-    estimate = _estimate(model, request, found, peaks.allocated_bytes, phase, notes)
-    device = device_bytes(peaks.reserved_bytes + written.managed_bytes, kernels_bytes(request.mode, False))
-    return replace(
-        estimate,
-        model=replace(estimate.model, trainable_parameters=written.trainable_parameters),
-        gradients_bytes=written.gradients_bytes,
-        optimizer_bytes=written.optimizer_bytes,
-        cache_bytes=written.cache_bytes,
-        peak_reserved_bytes=peaks.reserved_bytes,
-        device_bytes=device,
-        interval=interval(model.architecture, request, device),
-    )
+        from hfvram.answer.simulated import simulated, versions
+
+        found = simulated(model, request)
+        stands = derived(found.items) if request.compute_capability else found.items
+        return replace(_estimate(model, request, found, notes), method="simulate", versions=versions(), items=stands)
+    return _estimate(model, request, at_peak(timeline(model.architecture, request), request.expandable_segments), notes)
 
 
-def _simulated(model: Model, request: Request, notes: list[str]) -> Estimate:
-    """The estimate by the model's own code, with the versions that ran."""
-    from hfvram.answer.simulated import simulated, versions
-
-    found = simulated(model, request)
-    kernels = kernels_bytes(request.mode, request.fsdp is not None)
-    device = device_bytes(found.reserved_bytes + found.managed_bytes, kernels)
-    stands = derived(found.items) if request.compute_capability else found.items
-    estimate = _estimate(model, request, stands, found.allocated_bytes, found.phase, notes)
-    return replace(
-        estimate,
-        method="simulate",
-        model=replace(estimate.model, trainable_parameters=found.trainable_parameters),
-        gradients_bytes=found.gradients_bytes,
-        optimizer_bytes=found.optimizer_bytes,
-        largest_tensors=found.largest_tensors,
-        versions=versions(),
-        cache_bytes=found.cache_bytes,
-        peak_reserved_bytes=found.reserved_bytes,
-        device_bytes=device,
-        interval=interval(model.architecture, request, device),
-    )
+def _ruled(model: Model, request: Request, notes: list[str]) -> Estimate:
+    """The rule of thumb as an answer: it knows nothing of the allocator or the device."""
+    ruled = guide_items(model, request)
+    total = sum(i.bytes for i in ruled)
+    cache = sum(i.bytes for i in ruled if i.category == "cache")
+    found = AtPeak(items=ruled, allocated_bytes=total, reserved_bytes=total, cache_bytes=cache)
+    interval = Interval(low_bytes=total, high_bytes=total, basis="a rule of thumb has no error of its own")
+    return replace(_estimate(model, request, found, notes), method="guide", device_bytes=total, interval=interval)
 
 
 def taken(model: Model, asked: Request) -> int:
@@ -202,32 +176,29 @@ def taken(model: Model, asked: Request) -> int:
     return device_bytes(replay(timeline(model.architecture, request), request.expandable_segments).reserved_bytes)
 
 
-def _estimate(
-    model: Model, request: Request, found: tuple[Item, ...], allocated: int, phase: str, notes: list[str]
-) -> Estimate:
-    """An estimate whose items are the whole of it: nothing is known of the allocator or the device."""
-    totals = {"weights": 0, "cache": 0, "activations": 0}
-    for item in found:
-        if item.category in totals:
-            totals[item.category] += item.bytes
+def _estimate(model: Model, request: Request, found: AtPeak, notes: list[str]) -> Estimate:
+    """An estimate by formula, whose items are the whole of it."""
+    kernels = kernels_bytes(request.mode, request.fsdp is not None)
+    device = device_bytes(found.reserved_bytes + found.managed_bytes, kernels)
     return Estimate(
-        model=facts(model),
+        model=replace(facts(model), trainable_parameters=found.trainable_parameters),
         request=request,
-        method="guide" if request.method == "guide" else "formula",
+        method="formula",
         versions={"hfvram": __version__, **MODELLED},
-        items=found,
-        peak_phase=phase,
-        weights_bytes=totals["weights"],
-        cache_bytes=totals["cache"],
-        gradients_bytes=0,
-        optimizer_bytes=0,
-        activations_bytes=totals["activations"],
-        peak_allocated_bytes=allocated,
-        peak_reserved_bytes=allocated,
-        device_bytes=allocated,
-        interval=Interval(low_bytes=allocated, high_bytes=allocated, basis="a rule of thumb has no error of its own"),
+        items=found.items,
+        peak_phase=found.phase,
+        weights_bytes=sum(i.bytes for i in found.items if i.category == "weights"),
+        cache_bytes=found.cache_bytes,
+        gradients_bytes=found.gradients_bytes,
+        optimizer_bytes=found.optimizer_bytes,
+        activations_bytes=sum(i.bytes for i in found.items if i.category == "activations"),
+        peak_allocated_bytes=found.allocated_bytes,
+        peak_reserved_bytes=found.reserved_bytes,
+        device_bytes=device,
+        interval=interval(model.architecture, request, device),
         guide=guide.rule(guide_items(model, request)),
         warnings=(*model.warnings, *notes),
+        largest_tensors=found.largest_tensors,
     )
 
 

@@ -3,47 +3,32 @@
 import hashlib
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from hfvram import __version__, memory
+from hfvram import __version__
 from hfvram.answer.estimate import Item, LiveTensor
-from hfvram.answer.items import items
-from hfvram.answer.largest import largest
+from hfvram.answer.peak import AtPeak, at_peak
 from hfvram.errors import HfvramError
-from hfvram.memory.allocator import replay
 from hfvram.model.identify import Model
 from hfvram.read import cache as disk
 from hfvram.request import Request
 
 SHELF = "simulated"
 """Where the answers lie in hfvram's folder of the Hugging Face cache."""
-REPLAYS = "allocator.py", "expandable.py", "generation.py", "timeline.py"
+RESTS_ON = (
+    *("answer/items.py", "answer/largest.py", "answer/peak.py", "model/meta.py"),
+    *(f"memory/{name}.py" for name in ("allocator", "expandable", "generation", "timeline", "weights")),
+)
 """What else than the engine an answer rests on."""
 VERDICT = "gpu", "max_ctx", "max_batch", "recommend", "method", "allow_unknown"
 """Options that change nothing about what runs."""
 
 
-@dataclass(frozen=True, slots=True)
-class Simulated:
-    """What stands at the peak, and the peaks."""
-
-    items: tuple[Item, ...]
-    phase: str
-    allocated_bytes: int
-    reserved_bytes: int
-    cache_bytes: int
-    gradients_bytes: int
-    optimizer_bytes: int
-    managed_bytes: int
-    trainable_parameters: int
-    largest_tensors: tuple[LiveTensor, ...]
-
-
-def simulated(model: Model, request: Request) -> Simulated:
+def simulated(model: Model, request: Request) -> AtPeak:
     """Run a resolved request on meta, or find what it gave before. Raises `missing_extra` without torch."""
     key = _key(model, request)
     if (kept := disk.load(SHELF, key)) is not None:
@@ -51,27 +36,15 @@ def simulated(model: Model, request: Request) -> Simulated:
     from hfvram.memory.exact.simulate import simulate
 
     timeline = simulate(model.checkpoint.config, model.architecture.class_name, request)
-    peaks = replay(timeline, request.expandable_segments)
-    found = Simulated(
-        items=items(timeline, peaks),
-        phase=timeline.phase_at(peaks.event),
-        allocated_bytes=peaks.allocated_bytes,
-        reserved_bytes=peaks.reserved_bytes,
-        cache_bytes=timeline.cache_bytes,
-        gradients_bytes=timeline.gradients_bytes,
-        optimizer_bytes=timeline.optimizer_bytes,
-        managed_bytes=timeline.managed_bytes,
-        trainable_parameters=timeline.trainable_parameters,
-        largest_tensors=largest(timeline, peaks),
-    )
+    found = at_peak(timeline, request.expandable_segments)
     disk.store(SHELF, key, asdict(found))
     return found
 
 
-def _restored(kept: dict[str, Any]) -> Simulated:
+def _restored(kept: dict[str, Any]) -> AtPeak:
     items = tuple(Item(**item) for item in kept["items"])
     tensors = (LiveTensor(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in kept["largest_tensors"])
-    return Simulated(**{**kept, "items": items, "largest_tensors": tuple(tensors)})
+    return AtPeak(**{**kept, "items": items, "largest_tensors": tuple(tensors)})
 
 
 @cache
@@ -97,6 +70,6 @@ def _key(model: Model, request: Request) -> str:
 @cache
 def _code() -> str:
     """A digest of the engine: other rules are other answers."""
-    folder = Path(memory.__file__).parent
-    files = [*sorted((folder / "exact").glob("*.py")), *(folder / name for name in REPLAYS)]
+    package = Path(__file__).parents[1]
+    files = [*sorted((package / "memory" / "exact").glob("*.py")), *(package / name for name in RESTS_ON)]
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()

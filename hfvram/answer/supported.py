@@ -41,6 +41,11 @@ ON_LOADING: Final = ("nf4", "fp4", "int8")
 """Quantizations that are made while a model is loaded; all others are the checkpoint's own."""
 
 
+def simulated_by_default(request: Request) -> bool:
+    """Whether the exact engine answers where nobody says which: training, and caches that only it knows."""
+    return request.mode != "inference" or request.cache in SIMULATED_CACHES
+
+
 def check(request: Request) -> None:
     """Raises `usage` for what this version can't answer, and for training options of an inference request."""
     for name, values in SUPPORTED.items():

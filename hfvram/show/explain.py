@@ -6,12 +6,7 @@ from hfvram.answer.estimate import Estimate, LiveTensor
 from hfvram.show.layout import Paint, columns, plain, size
 from hfvram.show.text import headline, totals
 
-CERTAINTY = {
-    "exact": "exact",
-    "derived": "derived from code",
-    "calibrated": "calibrated",
-    "guess": "a guess",
-}
+CERTAINTY = {"exact": "exact", "derived": "derived from code", "calibrated": "calibrated", "guess": "a guess"}
 
 
 def explain(estimate: Estimate, width: int, paint: Paint = plain) -> str:
