@@ -14,7 +14,7 @@ from transformers import GenerationMixin
 
 from hfvram.memory.exact.caches import caches, grow
 from hfvram.memory.exact.data_dependent import legible
-from hfvram.memory.exact.inputs import MEDIA, decoding, empty, inputs
+from hfvram.memory.exact.inputs import MEDIA, decoding, inputs, tensors
 from hfvram.memory.exact.run import Run
 from hfvram.request import Request
 
@@ -64,7 +64,7 @@ def generate(run: Run, model: Any, given: dict[str, Any], request: Request) -> A
 
 def passes(run: Run, model: Any, given: dict[str, Any], number: int, new: int) -> Any:
     """`generate` ended after so many passes of the `new` that it is told; returns the cache."""
-    forward_count(run, model, number)
+    end_after(run, model, number)
     options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "return_dict_in_generate": True}
     return cache_of(generator(model)(**given, **options))
 
@@ -76,8 +76,8 @@ def generator(model: Any) -> Callable[..., Any]:
     return functools.partial(GenerationMixin.generate, model) if windows else own
 
 
-def forward_count(run: Run, model: Any, new: int) -> None:
-    """End `generate` after `new` passes, which it would read from the tokens; mark the second as decoding."""
+def end_after(run: Run, model: Any, number: int) -> None:
+    """End `generate` after so many passes, which it would read from the tokens; mark the second as decoding."""
     done = 0
 
     def unfinished(*_: Any, **__: Any) -> bool:
@@ -85,7 +85,7 @@ def forward_count(run: Run, model: Any, new: int) -> None:
         done += 1
         if done == 2:
             run.timeline.mark("decode")
-        return done <= new
+        return done <= number
 
     for part in model.modules():  # of some models a part generates
         if hasattr(part, "_has_unfinished_sequences"):
@@ -102,7 +102,7 @@ def once(model: Any, given: dict[str, Any], request: Request) -> Any:
             model.get_encoder()(**given)
             return None
         shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
-        given = empty(model, decoding(model, shapes)) | given
+        given = tensors(model, decoding(model, shapes)) | given
     takes = inspect.signature(model.forward).parameters
     options: dict[str, Any] = {}
     if request.phase != "encode":
@@ -122,9 +122,9 @@ def cache_of(out: Any) -> Any:
 
 def note_cache(run: Run, cache: Any) -> None:
     """Count the cache as it is now, and say of its tensors what they are."""
-    tensors = list(reachable(cache))
-    run.tracker.retag(tensors, "cache", "keys, values and states")
-    here = (t for t in tensors if t.device.type == run.tracker.device)  # not what is offloaded
+    held = list(reachable(cache))
+    run.tracker.retag(held, "cache", "keys, values and states")
+    here = (t for t in held if t.device.type == run.tracker.device)  # not what is offloaded
     run.timeline.cache_bytes = sum(t.untyped_storage().nbytes() for t in here)
 
 

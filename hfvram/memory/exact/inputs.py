@@ -38,9 +38,9 @@ def inputs(run: Run, model: Any, request: Request) -> dict[str, Any]:
         forms = [form | {"labels": (request.batch,)} if whole else labelled(form, request) for form in forms]
     shapes = forms[0]
     if len(forms) > 1:
-        shapes = next((form for form in forms if runs(run, model, empty(model, decoding(model, form)))), shapes)
+        shapes = next((form for form in forms if runs(run, model, tensors(model, decoding(model, form)))), shapes)
     with run.tracker, run.tracker.making("inputs"):
-        given = empty(model, shapes)
+        given = tensors(model, shapes)
         if "labels" in given and given["labels"].shape == shapes.get("input_ids"):
             given["labels"] = given["input_ids"]
     return given
@@ -48,13 +48,13 @@ def inputs(run: Run, model: Any, request: Request) -> dict[str, Any]:
 
 def labelled(form: Shapes, request: Request) -> Shapes:
     """With the tokens that a model computes its own loss of: the text, or what a decoder is to say."""
-    tokens = next((form[name] for name in (*TEXT[::-1], *form) if name in form and name in TEXT), None)
+    tokens = next((form[name] for name in TEXT[::-1] if name in form), None)
     rest = {name: shape for name, shape in form.items() if name != "decoder_input_ids"}
     return rest | {"labels": tokens or (request.batch, request.ctx or 1)}
 
 
-def empty(model: Any, shapes: Shapes) -> dict[str, Any]:
-    """Tensors of these shapes: ids and masks are whole numbers, pictures and sound of the model's dtype."""
+def tensors(model: Any, shapes: Shapes) -> dict[str, Any]:
+    """Empty ones of these shapes: ids and masks are whole numbers, pictures and sound of the model's dtype."""
     given = {}
     for name, shape in shapes.items():
         whole = name in TEXT or name.endswith(("labels", "ids", "mask"))
@@ -95,25 +95,23 @@ def candidates(model: Any, request: Request) -> list[Shapes]:
     media = [name for name in MEDIA if name in takes]
     two_towers = hasattr(config, "vision_config") and hasattr(config, "text_config") and not model.can_generate()
     alone = not two_towers and (main in TEXT or not media) and not any(name in media for name in needs)
-    more = {n: (batch, ctx, size) for n, size in BESIDE.items() if n in takes}
-    found = [text, *([text | more] if more else [])] if alone else []
+    told: Shapes = {n: (batch, ctx, size) for n, size in BESIDE.items() if n in takes}
+    found = [text, *([text | told] if told else [])] if alone else []
     for name in sorted(media, key=lambda name: name != main):
         for shape in shapes_of(name, config, request):
-            found += list(combined(name, shape, text, takes, needs, config, request))
+            found += list(combined(name, shape, text, told, takes, needs, decoder_tokens(config, request)))
     return found if alone else [*found, text]
 
 
 def combined(
-    name: str, shape: tuple[int, ...], text: Shapes, takes: list[str], needs: list[str], config: Any, request: Request
+    name: str, shape: tuple[int, ...], text: Shapes, told: Shapes, takes: list[str], needs: list[str], tokens: int
 ) -> Iterator[Shapes]:
     """One kind of picture or sound: with what else the model needs, alone, and with its decoder's tokens."""
-    batch, tokens = request.batch, decoder_tokens(config, request)
+    batch = shape[0]
     beside = {n: (batch, tokens) for n in needs if n != name and n.endswith(("ids", "mask"))}
     if "input_ids" in takes:
         yield {name: shape} | text | beside
-        yield (
-            {name: shape} | text | beside | {n: (batch, text_length(text), s) for n, s in BESIDE.items() if n in takes}
-        )
+        yield {name: shape} | text | beside | told
         if "image_embeds_position_mask" in takes:
             yield {name: shape} | text | beside | {"image_embeds_position_mask": text["input_ids"]}
     yield {name: shape} | beside
@@ -121,11 +119,6 @@ def combined(
         yield from ({name: shape, "attention_mask": (batch, frames)} for frames in shape[1:])
     if "decoder_input_ids" in takes:
         yield {name: shape, "decoder_input_ids": (batch, tokens)}
-
-
-def text_length(text: Shapes) -> int:
-    """Its tokens."""
-    return next(iter(text.values()))[1]
 
 
 def decoder_tokens(config: Any, request: Request) -> int:
@@ -138,27 +131,32 @@ def shapes_of(name: str, config: Any, request: Request) -> Iterator[tuple[int, .
     """Shapes that an input of this name may have."""
     batch, ctx = request.batch, request.ctx or 1
     if name in ("pixel_values", "pixel_values_videos"):
-        size = next(iter(named(config, "image_size")), 224)
+        size = first(config, 224, "image_size")
         height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
-        picture = (next(iter(named(config, "num_channels", "in_channels")), 3), height, width)
-        frames = next(iter(named(config, "num_frames")), 1)
+        picture = (first(config, 3, "num_channels", "in_channels"), height, width)
+        frames = first(config, 1, "num_frames")
         yield (batch, *picture)
         yield (batch, frames, *picture)
     elif name == "flattened_patches":
-        width = next(iter(named(config, "patch_embed_hidden_size")), 768)
+        width = first(config, 768, "patch_embed_hidden_size")
         yield (batch, ctx, width + 2)  # a patch says in which row and column it stands
     elif name == "input_values":
-        strides = next(iter(named(config, "conv_stride")), (USUAL_STRIDE,))
-        samples = next(iter(named(config, "inputs_to_logits_ratio")), math.prod(strides))
+        strides = first(config, (USUAL_STRIDE,), "conv_stride")
+        samples = first(config, math.prod(strides), "inputs_to_logits_ratio")
         yield (batch, ctx * samples)
         yield (batch, 1, ctx * samples)
     elif name == "input_features":
-        fixed = next(iter(named(config, "max_source_positions")), None)
+        fixed = first(config, None, "max_source_positions")
         bands = [*named(config, "num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim"), 80]
         for bins in dict.fromkeys((*bands, *(4 * band for band in bands))):  # four frames side by side
             for frames in dict.fromkeys((2 * fixed if fixed else ctx, 4 * ctx)):
                 yield (batch, bins, frames)
                 yield (batch, frames, bins)
+
+
+def first(config: Any, default: Any, *names: str) -> Any:
+    """The outermost value of these names, or the default."""
+    return next(iter(named(config, *names)), default)
 
 
 def named(config: Any, *names: str) -> list[Any]:

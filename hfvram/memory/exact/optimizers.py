@@ -202,6 +202,6 @@ def fused_on_meta() -> Iterator[None]:
 
 
 def states(optimizer: Any) -> Iterator[tuple[str, Any]]:
-    """Every tensor that the optimizer keeps on the device, with its name."""
+    """Every tensor that the optimizer keeps, with its name: some keep a count of steps in host memory."""
     for kept in (*optimizer.state.values(), getattr(optimizer, "maps", {})):
         yield from states_of(kept)
