@@ -38,8 +38,6 @@ TASKS = {
 SECONDS = 60
 OTHERWISE = "It runs in fp32, with more tokens, with what its default leaves open, or at a published configuration."
 MEMORY_BYTES = 12 << 30
-
-
 Results = dict[str, dict[str, str]]
 """By stage: why it fails, or nothing, and how it ran where not at the default."""
 
@@ -79,18 +77,16 @@ def results(wanted: list[Case], jobs: int) -> Iterator[tuple[Case, Results]]:
             running[ours] = case, process, {}, time.monotonic()
         ready = wait(list(running), timeout=1)
         for pipe, (case, process, found, since) in list(running.items()):
-            late = time.monotonic() - since > SECONDS
-            try:
-                if pipe in ready:
-                    stage, went = pipe.recv()
-                    found[stage] = went
+            late = pipe not in ready
+            if late and time.monotonic() - since <= SECONDS:
+                continue
+            if not late:
+                try:
+                    stage, found[stage] = pipe.recv()
                     running[pipe] = case, process, found, time.monotonic()
                     continue
-            except EOFError:
-                late = False
-            else:
-                if not late:
-                    continue
+                except EOFError:
+                    pass
             process.kill()
             process.join()
             del running[pipe]

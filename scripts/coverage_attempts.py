@@ -41,8 +41,6 @@ COMPOSED: dict[str, dict[str, Any]] = {
     "musicgen_melody": MUSIC | {"decoder": {"model_type": "musicgen_melody_decoder"}},
 }
 """Types that are put together from others and have no default: usual parts."""
-
-
 INCONSISTENT = "its default configuration is inconsistent: "
 LACKS = r"Config' object has no attribute|in the config, or it is not set"
 STAGES = ("build", "inference", "training")
@@ -75,7 +73,7 @@ def shallow(config: Any) -> dict[str, Any]:
 
 
 def completed(config: Any) -> dict[str, Any]:
-    """Values for what a configuration leaves open: ids, heads as many as queries have, layers all of one kind."""
+    """Values for what a configuration leaves open: ids are 1, heads as many as queries have, layers all of one kind."""
     found: dict[str, Any] = {key: part | _typed(inner) for key, inner in parts(config) if (part := completed(inner))}
     values = config.to_dict()
     heads, layers = (values.get(f"num_{name}") for name in ("attention_heads", "hidden_layers"))
@@ -114,10 +112,8 @@ def merged(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
 
 def published(kind: str) -> dict[str, Any] | None:
     """A published configuration of this type, where the fixtures have one."""
-    found = next(
-        (c for c in (json.loads(x)["config"] for x in PUBLISHED.read_text().splitlines()) if c["model_type"] == kind),
-        None,
-    )
+    configs = (json.loads(line)["config"] for line in PUBLISHED.read_text().splitlines())
+    found = next((c for c in configs if c["model_type"] == kind), None)
     return found and {k: v for k, v in found.items() if k != "architectures"}
 
 
