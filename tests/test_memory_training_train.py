@@ -25,6 +25,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3": GROUPED | {"model_type": "qwen3", "head_dim": 32},
     "gemma": GROUPED | {"model_type": "gemma", "head_dim": 16},
     "gemma2": GROUPED | {"model_type": "gemma2", "head_dim": 16, "sliding_window": 16},
+    "starcoder2": GROUPED | {"model_type": "starcoder2"},
+    "granite": GROUPED | {"model_type": "granite", "embedding_multiplier": 12.0},
+    "olmo2": GROUPED | {"model_type": "olmo2"},
+    "arcee": GROUPED | {"model_type": "arcee"},
     "gpt_neox": SMALL | {"model_type": "gpt_neox"},
     "gpt2": {"model_type": "gpt2", "vocab_size": 256, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128},
     "gpt_bigcode": {

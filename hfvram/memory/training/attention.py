@@ -3,9 +3,11 @@
 Source: transformers 5.17, models/llama/modeling_llama.py, integrations/sdpa_attention.py.
 """
 
+from typing import Final
+
 from hfvram.memory.timeline import Tag
 from hfvram.memory.training import operators as op
-from hfvram.memory.training.blocks import LLAMA, normalize, rotate, unknown
+from hfvram.memory.training.blocks import DROPPED, LLAMA, normalize, rotate, rotate_joined, rotate_wide, unknown
 from hfvram.memory.training.scaled_dot_product import attention as scaled_dot_product
 from hfvram.memory.training.states import Weights
 from hfvram.memory.training.surroundings import Surroundings
@@ -32,7 +34,8 @@ def attention(t: Tape, part: Attention, w: Weights, x: Tensor, around: Surroundi
     """Self-attention of one layer over its normed input (b, s, h)."""
     if part.output_gate or part.sinks or part.relative_bias or part.position_bias or part.groups != "gqa":
         raise unknown(f"attention of {around.class_name}")
-    if part.rotary and (part.rotary.sliced or part.rotary.style != "half" or part.rotary.dim != part.head_dim):
+    whole = part.rotary is None or part.rotary.dim == part.head_dim or around.kind.rotates == "joined"
+    if part.rotary and (part.rotary.sliced or part.rotary.style != "half" or not whole):
         raise unknown(f"rotary positions of {around.class_name}")
     b, s, _ = x.shape
     d, dv = part.head_dim, part.value_dim
@@ -62,10 +65,14 @@ def attention(t: Tape, part: Attention, w: Weights, x: Tensor, around: Surroundi
         k = op.transpose(t, op.reshape(t, w.linear(t, x, KEY_VALUE), b, s, -1, d), 1, 2)
         v = op.transpose(t, op.reshape(t, w.linear(t, x, KEY_VALUE), b, s, -1, dv), 1, 2)
     if part.rotary:
-        q, k = rotate(t, q, k, *around.angles(part))
+        q, k = ROTATE[around.kind.rotates](t, q, k, *around.angles(part))
     out, weights = attend(t, part, q, k, v, around)
     out = op.dense(t, op.reshape(t, out, b, s, -1, tag=OUT), OUT)
-    return w.linear(t, out, PROJECTED), weights
+    out = w.linear(t, out, PROJECTED)
+    return op.dropout(t, out, around.dropout.residual if around.kind.drops_inside else 0, DROPPED), weights
+
+
+ROTATE: Final = {"whole": rotate, "joined": rotate_joined, "fp32": rotate_wide}
 
 
 def attend(t: Tape, part: Attention, q: Tensor, k: Tensor, v: Tensor, around: Surroundings) -> Attended:

@@ -87,6 +87,13 @@ def rotate(t: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Ten
     return q_embed, k_embed
 
 
+def rotate_wide(t: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys, rotated in the angles' fp32 and cast back."""
+    q_type, k_type = q.dtype, k.dtype
+    q_embed, k_embed = rotate(t, q, k, cos, sin)
+    return op.to(t, q_embed, q_type, ROTARY), op.to(t, k_embed, k_type, ROTARY)
+
+
 def rotate_part(t: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Queries and keys of which the first elements of each head are rotated, and joined with the rest by a copy."""
     size, rest = cos.shape[-1], q.shape[-1] - cos.shape[-1]
@@ -97,6 +104,23 @@ def rotate_part(t: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tupl
     q_embed = op.cat(t, (q_embed, q_pass), -1, ROTARY)
     k_embed = op.cat(t, (k_embed, k_pass), -1, ROTARY)
     return q_embed, k_embed
+
+
+def rotate_joined(t: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """As `rotate_part`, each joined at once."""
+    size, rest = cos.shape[-1], q.shape[-1] - cos.shape[-1]
+    q_rot, q_pass = op.narrow(t, q, 3, size), op.narrow(t, q, 3, rest)
+    k_rot, k_pass = op.narrow(t, k, 3, size), op.narrow(t, k, 3, rest)
+    return _join(t, q_rot, q_pass, cos, sin), _join(t, k_rot, k_pass, cos, sin)
+
+
+def _join(t: Tape, rotated: Tensor, passed: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return op.cat(
+        t,
+        (op.add(t, op.mul(t, rotated, cos, ROTARY), op.mul(t, rotate_half(t, rotated), sin, ROTARY), ROTARY), passed),
+        -1,
+        ROTARY,
+    )
 
 
 OF_INPUT: Final = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "mish", "gelu_10")

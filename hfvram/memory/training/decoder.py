@@ -42,6 +42,8 @@ def forward(
     table = states.head[0].tensor if states.head else states.before[0].tensor
     bias = states.head[1].tensor if len(states.head) > 1 else None
     logits = op.linear(t, hidden, table, bias, LOGITS)
+    if kind_of(architecture).multiplied:
+        logits = op.scale(t, logits, LOGITS)
     if architecture.logits_softcap:
         logits = op.scale(t, logits, LOGITS)
         logits = op.of_output(t, logits, LOGITS)
@@ -115,14 +117,23 @@ def run_layer(t: Tape, layer: Layer, blocks: Blocks, hidden: Tensor, around: Sur
     hidden, _weights = attention(t, mixer, Weights(leaves), hidden, around)
     if after:
         hidden = normalize(t, hidden, own.norm(size), layer.norm, code)
-    hidden = op.add(t, residual, op.dropout(t, hidden, p, DROPPED), HIDDEN)
+    hidden = _joined(t, residual, hidden, 0 if around.kind.drops_inside else p, around)
     residual = hidden
     if before:
         hidden = normalize(t, hidden, own.norm(size), layer.norm, code)
     hidden = feed_forward(t, layer.feed_forward, Weights(blocks.feed_forward), hidden)
     if after:
         hidden = normalize(t, hidden, own.norm(size), layer.norm, code)
-    return op.add(t, residual, op.dropout(t, hidden, p, DROPPED), HIDDEN)
+    if around.kind.drops_inside:
+        hidden, p = op.dropout(t, hidden, p, DROPPED), 0
+    return _joined(t, residual, hidden, p, around)
+
+
+def _joined(t: Tape, residual: Tensor, branch: Tensor, p: float, around: Surroundings) -> Tensor:
+    """The residual and what a branch adds to it."""
+    if around.kind.multiplied:
+        return op.add(t, residual, op.scale(t, branch, HIDDEN), HIDDEN)
+    return op.add(t, residual, op.dropout(t, branch, p, DROPPED), HIDDEN)
 
 
 LAYERS: Final[dict[str, Callable[[Tape, Layer, Blocks, Tensor, Surroundings], Tensor]]] = {

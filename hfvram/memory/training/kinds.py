@@ -32,6 +32,14 @@ class Kind:
     norms: NormOrder = "last"
     scaled: bool = False
     """The embeddings are multiplied by a number."""
+    multiplied: bool = False
+    """So are what joins the residual, and the logits."""
+    rotates: Literal["whole", "joined", "fp32"] = "whole"
+    """Rotary positions: over whole heads, over a part that is joined with the rest, or in fp32 and cast back."""
+    projects_first: bool = False
+    """Queries, keys and values are all projected before queries and keys are normed."""
+    drops_inside: bool = False
+    """The attention itself drops what it returns."""
 
 
 _LLAMA = Kind()
@@ -42,6 +50,13 @@ KINDS: Final[dict[str, Kind]] = {
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    "starcoder2": _LLAMA,
+    "arcee": _LLAMA,
+    "cwm": _LLAMA,
+    "granite": Kind(scaled=True, multiplied=True),
+    "phi3": Kind(rotates="joined"),
+    "olmo2": Kind(norm="weight in fp32", rotates="fp32"),
+    "seed_oss": Kind(drops_inside=True),
     "gpt2": Kind(norms="between", layer="held output", embedding="positions", transposed=True, own_softmax=True),
     "gpt_bigcode": Kind(norms="between", layer="held output", embedding="late positions", interleaved=True),
     "gpt_neox": Kind(norms="first", layer="two branches"),

@@ -12,12 +12,10 @@ from math import prod
 
 from hfvram.memory.timeline import Tag
 from hfvram.memory.training.tape import Node, Saved, Tape, promoted
-from hfvram.memory.training.tensors import Shape, Storage, Tensor, contiguous, is_contiguous, preserved, viewed
+from hfvram.memory.training.tensors import Shape, Tensor, contiguous, is_contiguous, preserved, viewed
 
 Grads = list[Tensor | None]
 Found = Sequence[Tensor | None]
-SCALAR = Tensor(Storage(), (), (), "fp32")
-"""A number: saved as any tensor, but not on the device."""
 
 
 def attach(out: Tensor, node: Node | None, index: int = 0) -> Tensor:
@@ -109,7 +107,9 @@ def _expanded(shape: Shape, t: Tape, saved: Saved, grads: Grads) -> Found:
 
 
 def narrow(t: Tape, x: Tensor, dim: int, size: int) -> Tensor:
-    """A slice of `size` along a dimension; its gradient is as large as the whole."""
+    """A slice of `size` along a dimension; its gradient is as large as the whole. All of it is itself."""
+    if x.shape[dim] == size:
+        return x
     node = t.record(partial(_narrowed, x.shape), (x,))
     shape = list(x.shape)
     shape[dim] = size
@@ -217,7 +217,7 @@ def _multiplied(t: Tape, saved: Saved, grads: Grads) -> Found:
 
 def scale(t: Tape, x: Tensor, tag: Tag | None = None) -> Tensor:
     """Times a number, or divided by one."""
-    node = t.record(_like, (x,), SCALAR)
+    node = t.record(_like, (x,))
     return attach(t.elementwise(x, tag=tag), node)
 
 

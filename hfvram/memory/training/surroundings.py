@@ -58,7 +58,7 @@ def surround(t: Tape, layers: list[Layer], found: Surroundings, ids: Tensor, dty
             _packed(t, b, s)
         found.masks[window] = _mask(t, window, found.eager(windows[window]), b, s, dtype, found.ones is not None)
     for dim in sorted({m.rotary.dim for m in parts if m.rotary}):
-        found.rotary[dim] = _angles(t, s, dim, dtype)
+        found.rotary[dim] = _angles(t, s, dim, "fp32" if found.kind.rotates == "fp32" else dtype)
 
 
 def positions(t: Tape, found: Surroundings, ids: Tensor) -> Tensor:
