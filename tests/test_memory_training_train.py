@@ -104,6 +104,13 @@ def test_no_formula_is_said(options: dict[str, Any]) -> None:
     assert caught.value.kind == "usage"
 
 
+def test_another_head_is_said() -> None:
+    with pytest.raises(HfvramError, match="LlamaForSequenceClassification has no formula"):
+        formed(LLAMA | {"architectures": ["LlamaForSequenceClassification"]})
+    with pytest.raises(HfvramError, match="--quant nf4 has no formula"):
+        formed(LLAMA, quant="nf4")
+
+
 def test_an_unknown_type_is_said() -> None:
     with pytest.raises(HfvramError, match="model type mixtral has no formula"):
         formed(GROUPED | {"model_type": "mixtral"})

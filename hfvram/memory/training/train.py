@@ -22,7 +22,7 @@ from hfvram.memory.training.tape import FLOWING, SCRATCH, Tape
 from hfvram.memory.training.tensors import Tensor
 from hfvram.memory.weights import standing
 from hfvram.model.architecture import Architecture
-from hfvram.model.layers import Layer
+from hfvram.model.layers import Attention, Layer
 from hfvram.request import Request
 
 STEPS = 2
@@ -60,8 +60,14 @@ def refuse(architecture: Architecture, request: Request) -> None:
     single_stack(architecture)
     if request.mode != "train":
         raise unknown(f"--mode {request.mode}")
-    if architecture.task != "causal":
+    if architecture.task != "causal" or not architecture.generates or architecture.adapter:
         raise unknown(architecture.class_name)
+    quant = architecture.quantization if request.quant == "auto" else request.quant
+    if quant not in (None, "none"):
+        raise unknown(f"--quant {quant}")
+    mixers = (m for layer in architecture.text.layers for m in layer.mixers)
+    if any(isinstance(m, Attention) and not m.causal for m in mixers):
+        raise unknown(f"attention in both directions of {architecture.class_name}")
     if request.mixed_precision == "fp16" and request.dtype == "fp16":
         raise HfvramError("usage", "--mixed-precision fp16 can't train fp16 weights: valid are --dtype fp32 and bf16")
     if request.padding:
