@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 
 from hfvram.errors import HfvramError
+from hfvram.memory.formula import timeline as by_formula
 from hfvram.memory.timeline import Timeline
+from hfvram.model.infer import infer
 from hfvram.request import Request
 
 torch = pytest.importorskip("torch")
@@ -94,6 +96,18 @@ def test_the_head_is_not_quantized(quant: str) -> None:
     stands = {timeline.tags[h].name: timeline.sizes[h] for h in timeline.live(timeline.restarts[0])}
     assert stands["lm_head"] == 512 * 64 * 2
     assert stands["model.layers.*.mlp.gate_proj"] in (128 * 64 // 2, 128 * 64)
+
+
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_what_is_kept_in_fp32_beside_fp16_is_not_quantized_in_either_engine(quant: str) -> None:
+    config = {"model_type": "t5", "d_model": 64, "d_ff": 128, "d_kv": 16, "num_heads": 4, "num_layers": 1}
+    config |= {"vocab_size": 512, "decoder_start_token_id": 0}
+    request = Request(ctx=16, dtype="bf16", phase="generate", new_tokens=2, quant=quant)
+    exact, formula = simulate(config, None, request), by_formula(infer(config), request)
+    stands = {exact.tags[h].name: exact.sizes[h] for h in exact.live(exact.restarts[0])}
+    assert stands["encoder.block.*.layer.*.DenseReluDense.wo"] == 128 * 64 * 2
+    weights = [exact.sizes[h] for h in exact.live(exact.restarts[0]) if exact.tags[h].category == "weights"]
+    assert sum(weights) == sum(n for n, tag in formula.standing.tensors if tag.category == "weights")
 
 
 def test_stored_formats_are_refused() -> None:

@@ -83,7 +83,8 @@ def standing(architecture: Architecture, dtype: str, quant: str, double_quant: b
     tensors: list[tuple[int, Tag]] = []
     left_alone, kept_wide = chosen(skipped), chosen(architecture.fp32_in_fp16)
     for param in architecture.all_params:
-        left = bool(skipped) and left_alone(param.name)
-        wide = dtype == "fp16" and kept_wide(param.name)
-        tensors += param_bytes(param, "fp32" if wide else dtype, "none" if left else quant, double_quant)
+        wide = bool(architecture.fp32_in_fp16) and kept_wide(param.name)  # and never quantized (quantizers/base.py)
+        left = wide or (bool(skipped) and left_alone(param.name))
+        own = "fp32" if wide and dtype == "fp16" else dtype
+        tensors += param_bytes(param, own, "none" if left else quant, double_quant)
     return Standing(tuple(tensors))

@@ -160,11 +160,12 @@ def method(request: "Request") -> str:
 
 
 def quantize(run: "Run", model: Any, request: "Request") -> None:
-    """Replace the linear layers, but not the head, as `BitsAndBytesConfig` does; raises `usage` for other methods.
+    """Replace the linear layers, as `BitsAndBytesConfig` does; raises `usage` for other methods.
 
-    What transformers itself loads in the computing dtype stays as it is. FSDP shards what is packed into floats, which
-    is how FSDP-QLoRA stores it: the scales are no parameters, and stay whole on every rank. Source: bitsandbytes,
-    docs/source/fsdp_qlora.md; accelerate 1.15, `fsdp2_prepare_model`. No GPU has measured it yet.
+    The head stays, and so do modules that the model keeps in fp32 where the rest is fp16 (transformers 5.17,
+    quantizers/base.py), and what transformers itself loads in the computing dtype. FSDP shards what is packed into
+    floats, which is how FSDP-QLoRA stores it: the scales are no parameters, and stay whole on every rank. Source:
+    bitsandbytes, docs/source/fsdp_qlora.md; accelerate 1.15, `fsdp2_prepare_model`. No GPU has measured it yet.
     """
     quant = method(request)
     if quant in ("auto", "none", *DEQUANTIZED):
@@ -176,10 +177,12 @@ def quantize(run: "Run", model: Any, request: "Request") -> None:
         )
     head, dtype = model.get_output_embeddings(), DTYPES[request.dtype]
     storage = dtype if request.fsdp else torch.uint8
+    spared = tuple(model._keep_in_fp32_modules or ())
     with run.tracker, run.tracker.making("weights"):
         for parent in list(model.modules()):
             for name, layer in list(parent.named_children()):
-                if layer is not head and (type(layer) is nn.Linear or type(layer).__name__ == "Conv1D"):
+                linear = type(layer) is nn.Linear or type(layer).__name__ == "Conv1D"
+                if linear and layer is not head and name not in spared:
                     nested = request.double_quant
                     new = Linear8bit(layer) if quant == "int8" else Linear4bit(layer, dtype, nested, storage)
                     setattr(parent, name, new.train(layer.training))
