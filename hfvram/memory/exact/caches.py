@@ -100,7 +100,7 @@ class QuantoLayer(cache_utils.QuantizedLayer):  # type: ignore[misc]
 
 
 def compiled(run: Run) -> Any:
-    """The method in which `generate` decodes, with the memory of CUDA graphs."""
+    """Where `generate` decodes: with the memory of CUDA graphs."""
     inner = getattr(GenerationMixin, DECODING)
 
     @contextlib.contextmanager

@@ -98,10 +98,8 @@ def mesh_sizes(request: Request) -> dict[str, int]:
     if gpus % request.tp:
         raise HfvramError("usage", f"--gpus {gpus} is not divisible by --tp {request.tp}: valid are its multiples")
     parallel = gpus // request.tp
-    sizes = {"replica": 1, "shard": parallel, "tp": request.tp}
-    if request.fsdp is None:
-        sizes = {"replica": parallel, "shard": 1, "tp": request.tp}
-    elif request.fsdp == "hybrid_shard":
+    replicas, shards = (1, parallel) if request.fsdp else (parallel, 1)
+    if request.fsdp == "hybrid_shard":
         node = max(1, GPUS_A_NODE // request.tp)
         if parallel > node and parallel % node:
             raise HfvramError(
@@ -109,8 +107,8 @@ def mesh_sizes(request: Request) -> dict[str, int]:
                 f"--gpus {gpus}: --fsdp hybrid_shard shards within nodes of {GPUS_A_NODE}, "
                 f"valid are up to {node * request.tp} and its multiples",
             )
-        sizes |= {"replica": max(1, parallel // node), "shard": min(parallel, node)}
-    return sizes
+        replicas, shards = max(1, parallel // node), min(parallel, node)
+    return {"replica": replicas, "shard": shards, "tp": request.tp}
 
 
 def split(run: Run, model: Any, request: Request) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hfvram.memory.exact.data_dependent import ANSWERS, NOTES, forget, scalar
+from hfvram.memory.exact.answers import ANSWERS
+from hfvram.memory.exact.data_dependent import NOTES, forget, scalar
 from hfvram.memory.exact.meta_kernels import MetaKernels
 from hfvram.memory.exact.scratch import CUBLAS, CUBLASLT, CUBLASLT_BYTES, MATRIX_PRODUCTS, scratch_bytes
 from hfvram.memory.generation import HOPPER
