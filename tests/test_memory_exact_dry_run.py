@@ -301,6 +301,102 @@ def test_the_gpu_decides_about_kernels() -> None:
         hfvram.dry_run("H1000000")
 
 
+def within(region: Any) -> Any:
+    with region:
+        return torch.zeros(3)
+
+
+def on_a_side_stream() -> Any:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        made = torch.zeros(3)
+    made.record_stream(side)
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    return made.is_meta
+
+
+def timed() -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def held() -> tuple[int, ...]:
+    """A layer of 100 × 100: 40,000 B, in blocks of 512 B 40,448; for a moment twice as much comes on top."""
+    layer = nn.Linear(100, 100, bias=False, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    torch.zeros(2, 100, 100)
+    cuda = torch.cuda
+    found = cuda.memory_allocated(), cuda.max_memory_allocated(), cuda.memory_reserved(), cuda.max_memory_reserved()
+    cuda.reset_peak_memory_stats()
+    assert cuda.max_memory_allocated() == found[0]
+    assert f"{found[0]:,}" in cuda.memory_summary()
+    del layer
+    assert cuda.memory_allocated() == 0
+    return found
+
+
+def pinned_batches() -> int:
+    data = torch.utils.data.TensorDataset(torch.zeros(8, 2, device="cpu"))
+    return sum(len(x) for (x,) in torch.utils.data.DataLoader(data, 2, pin_memory=True, num_workers=1))
+
+
+@pytest.mark.parametrize(
+    ("asked", "answer"),
+    [
+        (lambda: torch.cuda.get_device_name(0), "NVIDIA A100 80GB"),
+        (lambda: torch.cuda.get_device_properties("cuda:0").total_memory, int(79.14 * 2**30)),
+        (lambda: (torch.cuda.get_device_properties(0).major, torch.cuda.get_device_properties(0).minor), (8, 0)),
+        (lambda: torch.cuda.get_device_capability(), (8, 0)),
+        (lambda: torch.cuda.mem_get_info()[1], int(79.14 * 2**30)),
+        (lambda: 0 < torch.cuda.mem_get_info()[0] < int(79.14 * 2**30), True),
+        (lambda: (torch.cuda.device_count(), torch.cuda.current_device()), (1, 0)),
+        (lambda: (torch.accelerator.device_count(), torch.accelerator.current_accelerator().type), (1, "cuda")),
+        (lambda: torch.cuda.is_bf16_supported(including_emulation=False), True),
+        (lambda: within(torch.cuda.device(0)).is_meta, True),
+        (on_a_side_stream, True),
+        (timed, 0.0),
+        (held, (40448, 40448 + 80384, 2 << 20, 2 << 20)),
+        (lambda: nn.Linear(3, 2).to(0).weight.is_meta, True),
+        (lambda: nn.Linear(3, 2).to(device=0, dtype=torch.bfloat16).weight.dtype, torch.bfloat16),
+        (lambda: torch.zeros(3, device="cpu").pin_memory().to(0, non_blocking=True).is_meta, True),
+        (lambda: torch.zeros(3, pin_memory=True).device.type, "cpu"),
+        (pinned_batches, 8),
+        (lambda: torch.cuda.get_rng_state().dtype, torch.uint8),
+    ],
+)
+def test_what_scripts_ask_of_cuda(asked: Any, answer: Any) -> None:
+    before = torch.cuda.device_count, torch.cuda.Stream, torch.Tensor.pin_memory, nn.Module.to
+    with hfvram.dry_run("A100"):
+        assert asked() == answer
+    assert before == (torch.cuda.device_count, torch.cuda.Stream, torch.Tensor.pin_memory, nn.Module.to)
+
+
+def test_what_cuda_says_is_what_the_run_says() -> None:
+    with hfvram.dry_run() as run:
+        assert "H100" in torch.cuda.get_device_name()
+        model = mlp()
+        run.start_over()
+        for _ in range(2):
+            train(model, torch.optim.AdamW(model.parameters()), torch.randn(32, 128), torch.randn(32, 128))
+            assert torch.cuda.max_memory_allocated() == run.peak_allocated_bytes
+            assert torch.cuda.max_memory_reserved() == run.peak_reserved_bytes
+
+
+def test_a_dry_run_within_another_is_refused() -> None:
+    with hfvram.dry_run() as run:
+        with pytest.raises(HfvramError, match="under way already"), hfvram.dry_run():
+            pass
+        nn.Linear(2, 2)(torch.zeros(1, 2))
+    assert run.peak_allocated_bytes
+    with hfvram.dry_run():
+        assert torch.zeros(1).is_meta
+
+
 @pytest.mark.parametrize(
     ("absent", "said"),
     [("transformers", "ran"), ("torch", "dry_run needs torch: pip install 'hfvram[exact]'")],

@@ -12,7 +12,7 @@ from hfvram.answer.largest import largest
 from hfvram.errors import HfvramError
 from hfvram.memory.allocator import Peaks, replay
 from hfvram.memory.device import device_bytes, kernels_bytes
-from hfvram.memory.generation import generation
+from hfvram.memory.generation import MEASURED, generation
 from hfvram.memory.timeline import Timeline
 
 
@@ -29,18 +29,23 @@ class DryRun:
             if error.name != "torch":
                 raise
             raise HfvramError("missing_extra", "dry_run needs torch: pip install 'hfvram[exact]'") from error
-        self._run = Run(gpu=generation(find_gpu(gpu)[0].capability if gpu else None))
+        self._gpu = find_gpu(gpu or "H100")[0]
+        self._run = Run(gpu=generation(self._gpu.capability))
         self._report = report
         self._stack = ExitStack()
         self._watch: Any = None
         self._peaks: tuple[int, Peaks] | None = None
 
     def __enter__(self) -> Self:
+        from hfvram.memory.exact.cuda import Device
         from hfvram.memory.exact.dry_run import dry_run
 
         if self._watch is not None:
             raise HfvramError("usage", "a dry run is over once its `with` is left: hfvram.dry_run() makes a new one")
-        self._watch = self._stack.enter_context(dry_run(self._run))
+        major, minor = map(int, (self._gpu.capability or MEASURED).split("."))
+        maker = "NVIDIA " if self._gpu.vendor == "nvidia" else ""
+        device = Device(maker + self._gpu.name, self._gpu.memory_bytes, (major, minor))
+        self._watch = self._stack.enter_context(dry_run(self._run, device))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +14,9 @@ from torch.nn.parameter import is_lazy
 from torch.optim import optimizer as torch_optimizer
 from torch.utils._device import _device_constructors
 
+from hfvram.errors import HfvramError
 from hfvram.memory.exact.autocast import Autocast
+from hfvram.memory.exact.cuda import Device, one_gpu
 from hfvram.memory.exact.kernels import CudaBehaviour
 from hfvram.memory.exact.labels import name_gradients, name_states, name_tensors
 from hfvram.memory.exact.optimizers import fused_on_meta
@@ -21,6 +24,7 @@ from hfvram.memory.exact.run import Run
 
 CONSTRUCTORS = _device_constructors()
 READS = (torch.Tensor.cpu, torch.Tensor.tolist, torch.Tensor.numpy)
+_one_at_a_time = threading.Lock()
 
 
 class UserCode(CudaBehaviour):
@@ -38,6 +42,8 @@ class UserCode(CudaBehaviour):
         if kwargs.get("device") is not None:
             kwargs["device"] = _here(kwargs["device"])
         if func in CONSTRUCTORS:
+            if kwargs.pop("pin_memory", False) and kwargs.get("device") is None:
+                kwargs["device"] = "cpu"  # only host memory is pinned
             if kwargs.get("device") is None and kwargs.get("generator") is None and not self.watch.stepping:
                 kwargs["device"] = "meta"
             with self.watch.made_outside():
@@ -170,12 +176,18 @@ class Watch:
 
 
 @contextlib.contextmanager
-def dry_run(run: Run) -> Iterator[Watch]:
-    """Run what follows on meta as on a GPU: peaks and what stands at them are in the timeline of `run`."""
+def dry_run(run: Run, device: Device) -> Iterator[Watch]:
+    """Run what follows on meta as on a GPU: peaks and what stands at them are in the timeline of `run`.
+
+    Raises `usage` inside another one: of PyTorch's globals there is one set.
+    """
+    if not _one_at_a_time.acquire(blocking=False):
+        raise HfvramError("usage", "a dry run is under way already: leave its `with` before another one begins")
     watch = Watch(run)
     run.autocast = Autocast(torch.float16)
     run.mode = lambda _: UserCode(watch)
     with contextlib.ExitStack() as stack:
+        stack.callback(_one_at_a_time.release)
         for register, hook in (
             (hooks.register_module_module_registration_hook, watch.has_child),
             (hooks.register_module_parameter_registration_hook, watch.has_parameter),
@@ -187,7 +199,7 @@ def dry_run(run: Run) -> Iterator[Watch]:
             stack.callback(register(hook).remove)
         stack.enter_context(run.autocast.stands_in())
         stack.enter_context(fused_on_meta())
-        stack.enter_context(_as_on_a_gpu())
+        stack.enter_context(_as_on_a_gpu(run, device))
         stack.enter_context(run.running(watch.names))
         backward = functools.partial(watch.backward, torch.autograd._engine_run_backward)
         stack.enter_context(patch("torch.autograd._engine_run_backward", backward))
@@ -196,7 +208,7 @@ def dry_run(run: Run) -> Iterator[Watch]:
 
 
 @contextlib.contextmanager
-def _as_on_a_gpu() -> Iterator[None]:
+def _as_on_a_gpu(run: Run, device: Device) -> Iterator[None]:
     """Answers that PyTorch gives on a machine with one GPU; nothing is compiled."""
     foreach = torch.utils._foreach_utils._get_foreach_kernels_supported_devices
 
@@ -207,15 +219,6 @@ def _as_on_a_gpu() -> Iterator[None]:
         patch("torch.utils._foreach_utils._get_foreach_kernels_supported_devices", with_meta),
         patch("torch.optim.optimizer._get_foreach_kernels_supported_devices", with_meta),
         patch.object(torch, "compile", lambda model=None, **_: (lambda m: m) if model is None else model),
-        patch.multiple(
-            torch.cuda,
-            is_available=lambda: True,
-            device_count=lambda: 1,
-            current_device=lambda: 0,
-            set_device=lambda device: None,
-            synchronize=lambda device=None: None,
-            empty_cache=lambda: None,
-            is_bf16_supported=lambda including_emulation=True: True,
-        ),
+        one_gpu(run, device),
     ):
         yield
