@@ -43,6 +43,8 @@ def gib(count: int | float, digits: int = 2) -> str:
     ('86.99 GiB', '33.0 MiB', '0.5 KiB', '0 B')
     """
     size = abs(count)
+    if size >= 10 * 1024 * GiB:
+        return f"{count / GiB / 1024:.{digits}f} TiB"
     if size >= GiB / 10:
         return f"{count / GiB:.{digits}f} GiB"
     if size >= MiB / 10:

@@ -1,6 +1,7 @@
 """From a name and a request to the estimate: the whole, its verdict, and what is said beside it."""
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -160,3 +161,13 @@ def test_an_answer_takes_milliseconds() -> None:
     for ctx in range(5000, 5050):
         session.estimate("mistralai/Mixtral-8x7B-v0.1", Request(ctx=ctx), offline=True)
     assert (time.process_time() - start) / 50 < 0.02  # six times what it takes on one idle core
+
+
+def test_training_without_torch_is_answered_by_formula_and_says_what_would_be_exact(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    found = hfvram.estimate("Qwen/Qwen3-0.6B", offline=True, mode="train", ctx=512)
+    assert found.method == "formula"
+    assert found.gradients_bytes == 2 * found.model.parameters
+    assert any("hfvram[exact]" in warning for warning in found.warnings)

@@ -129,3 +129,28 @@ def test_expandable_segments_are_told_not_to_be_measured() -> None:
 def test_caches_that_generate_alone_makes(cache: str) -> None:
     assert refusal(model(), cache=cache, phase="prefill") == f"--cache {cache} goes with --phase generate"
     assert resolved(model(), cache=cache).cache == cache
+
+
+def test_what_an_answer_leaves_out_is_said() -> None:
+    """Towers that text does not pass, experts that bitsandbytes leaves alone, parameters that accelerate makes fp32."""
+    mixture = {"model_type": "mixtral", "num_hidden_layers": 2}
+    picture = {"model_type": "qwen2_5_vl", "text_config": {"num_hidden_layers": 2}, "vision_config": {"depth": 2}}
+    dense = {"model_type": "llama", "num_hidden_layers": 2, "dtype": "bfloat16"}
+
+    def said(config: dict[str, Any], **options: Any) -> str:
+        return " ".join(resolve(infer(config), Request.from_dict({"ctx": 64} | options))[1])
+
+    assert "text alone is trained on" in said(picture, mode="train")
+    assert "the prompt is text alone" in said(picture)
+    assert "experts that are one tensor stay in" in said(mixture, quant="nf4")
+    assert "which QLoRA casts to fp32" in said(mixture, mode="qlora")
+    sharded = {"mode": "train", "fsdp": "full_shard", "gpus": 8, "mixed_precision": "bf16", "method": "simulate"}
+    assert "accelerate makes them fp32" in said(dense, **sharded)
+    assert "accelerate" not in said(dense, **sharded, dtype="fp32")
+
+
+def test_qlora_of_a_quantized_checkpoint_is_refused() -> None:
+    fp8 = {"model_type": "llama", "num_hidden_layers": 2, "quantization_config": {"quant_method": "fp8"}}
+    with pytest.raises(HfvramError, match="fp8 already") as caught:
+        resolve(infer(fp8), Request(mode="qlora", ctx=64))
+    assert caught.value.kind == "usage"

@@ -8,6 +8,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
 from hfvram.errors import HfvramError  # noqa: E402
+from hfvram.memory.exact.adapters import targets  # noqa: E402
 from hfvram.memory.exact.simulate import simulate  # noqa: E402
 from hfvram.memory.timeline import Timeline  # noqa: E402
 from hfvram.request import Request  # noqa: E402
@@ -88,3 +89,24 @@ def test_a_model_of_sound_is_wrapped_as_it_is() -> None:
     options = {"mode": "lora", "ctx": 64, "dtype": "bf16", "quant": "none", "lora_r": 8, "lora_targets": ["q_proj"]}
     timeline = simulate(whisper | {"decoder_start_token_id": 1}, None, Request.from_dict(options))
     assert timeline.trainable_parameters == (2 + 2 * 2) * 8 * (64 + 64)  # self and cross attention in the decoder
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        ("(", "no regular expression"),
+        ("(.*)*x$", "none within another"),
+        (r"(a*a)+\.b", "none within another"),
+        (r"((a{2,})b)*", "none within another"),
+        (".*.*.*.*.*x", "up to 4 repeats"),
+    ],
+)
+def test_patterns_that_may_never_end_are_refused(pattern: str, said: str) -> None:
+    with pytest.raises(HfvramError, match=said) as caught:
+        targets(pattern)
+    assert caught.value.kind == "usage"
+
+
+@pytest.mark.parametrize("pattern", [r".*\.(q|v)_proj", r".*layers\.\d+\.mlp\..*", r"model\.layers\.(1|2)\d*\..*_proj"])
+def test_patterns_that_people_write_are_taken(pattern: str) -> None:
+    assert targets(pattern) == pattern

@@ -182,3 +182,14 @@ def test_remote_code_runs_only_when_it_is_trusted(tmp_path: Path, hf_home: Path)
     assert failure(values).kind == "unknown_architecture"
     model = meta.build(values, None, "bf16", trust_remote_code=True, path=str(tmp_path))
     assert meta.params(model) == (Param("layer.weight", (16, 16)), Param("layer.bias", (16,), "bias"))
+
+
+def test_a_configuration_names_no_kernels() -> None:
+    """transformers fetches kernels of other names from the Hub, and runs them."""
+    values = {"attn_implementation": "a/b", "_attn_implementation": "c/d", "_experts_implementation_internal": "e/f"}
+    nested = {"model_type": "llama", "text_config": dict(values), "hidden_size": 64, **values}
+    assert meta.without_kernels(nested) == {"model_type": "llama", "text_config": {}, "hidden_size": 64}
+    model = meta.build({"model_type": "llama", "num_hidden_layers": 1, **values}, None, "bf16")
+    assert model.config._attn_implementation == "sdpa"
+    eager = meta.build({"model_type": "llama", "num_hidden_layers": 1, **values}, None, "bf16", attention="eager")
+    assert eager.config._attn_implementation == "eager"

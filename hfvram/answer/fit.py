@@ -7,7 +7,7 @@ from math import log2
 
 from hfvram.answer.estimate import Fit, Way
 from hfvram.answer.gpus import Gpu
-from hfvram.answer.supported import simulated_by_default
+from hfvram.answer.supported import by_code
 from hfvram.errors import HfvramError
 from hfvram.request import Request
 
@@ -42,7 +42,7 @@ def judge(device_bytes: DeviceBytes, request: Request, gpu: Gpu, *, max_position
     needed, capacity = measured(request), gpu.memory_bytes
     longest = max(request.ctx, max_positions) if max_positions else LIMIT
     fits = needed <= capacity
-    searched = not simulated_by_default(request)
+    searched = not by_code(request)
     return Fit(
         gpu=gpu.name,
         capacity_bytes=capacity,
@@ -99,7 +99,7 @@ def largest(taken: Callable[[int], int], capacity: int, start: int, most: int) -
 
 def ways(device_bytes: DeviceBytes, request: Request, capacity: int) -> tuple[Way, ...]:
     """Changes, and pairs of changes where neither alone is enough, with which `request` fits; the mildest first."""
-    stepwise = simulated_by_default(request)
+    stepwise = by_code(request) or request.mode != "inference"
     singles = fixed_changes(request) if stepwise else changes(device_bytes, request, capacity)
     tried = [parts for count in (1, 2) for parts in combinations(singles, count)]
     if stepwise:

@@ -33,6 +33,8 @@ def group(architecture: Architecture, request: Request) -> str:
     """The group of measured cases that a question belongs to, as `scripts/score.py` names them."""
     if not architecture.closed_form:
         return "layers of unknown kinds"
+    if request.mode != "inference" and architecture.task != "seq2seq" and len(architecture.stacks) > 1:
+        return f"{request.mode} of a model with towers"
     if request.cache in ("offloaded", "quantized") or request.attention == "flash_attention_2":
         return f"{request.mode} with {request.cache} cache and {request.attention}"
     if request.expandable_segments or request.compute_capability not in (None, MEASURED):

@@ -1,6 +1,7 @@
 """The road from a name and a request to an `Estimate`."""
 
 from dataclasses import replace
+from importlib.util import find_spec
 
 from hfvram import __version__
 from hfvram.answer import guide, pipeline
@@ -12,7 +13,7 @@ from hfvram.answer.interval import interval
 from hfvram.answer.items import derived
 from hfvram.answer.peak import AtPeak, at_peak
 from hfvram.answer.resolve import resolve
-from hfvram.answer.supported import check, simulated_by_default
+from hfvram.answer.supported import by_code, check, simulated_by_default
 from hfvram.errors import HfvramError
 from hfvram.memory.allocator import replay
 from hfvram.memory.device import device_bytes, kernels_bytes
@@ -29,6 +30,9 @@ from hfvram.units import gib
 
 MODELLED = {"transformers": "5.17", "torch": "2.11"}
 """The versions whose code the formulas follow, and with which they were measured."""
+
+
+INEXACT = "by formula: with pip install 'hfvram[exact]' the model's own code says it exactly"
 
 
 class Session:
@@ -48,8 +52,10 @@ class Session:
         file: str | None = None,
     ) -> Estimate:
         """What `request` takes of one GPU. Raises `HfvramError` of every kind of SPEC's table."""
+        without = False
         if request.method == "auto" and simulated_by_default(request):
-            request = request.with_(method="simulate")
+            without = request.mode == "train" and not (find_spec("torch") and find_spec("transformers"))
+            request = request.with_(method="formula" if without else "simulate")
         check(request)
         allowed = (request.allow_unknown, request.trust_remote_code, request.method)
         key = (model, revision, token, offline, file, *allowed)
@@ -62,7 +68,8 @@ class Session:
         known = self._models[key]
         if isinstance(known, HfvramError):
             raise known
-        return answer(known, request)
+        found = answer(known, request)
+        return replace(found, warnings=(*found.warnings, INEXACT)) if without else found
 
 
 def understand_or_forget(checkpoint: Checkpoint, request: Request, token: str | None, offline: bool) -> Model:
@@ -120,7 +127,7 @@ def verdict(model: Model, found: Estimate, gpu: Gpu) -> tuple[Fit, list[str]]:
     if (request.gpus or 1) == 1:
         known = {request: found.device_bytes}
         limit = model.architecture.max_positions
-        by_formula = model.architecture.closed_form and not simulated_by_default(request)
+        by_formula = request.mode == "inference" and not by_code(request)
         needed = taken if by_formula else lambda m, r: estimate_of(m, r).device_bytes
         return judge(lambda r: known[r] if r in known else needed(model, r), request, gpu, max_positions=limit), []
     if request.max_ctx or request.max_batch:
@@ -220,8 +227,10 @@ def _assumptions(model: Model, found: Estimate) -> list[str]:
     if request.batch > 1 and not request.padding and (more := mask_bytes(model.architecture, request)):
         words = f"up to {gib(more)}"
         if inference and simulated:
-            words = f"about {gib(max(added(padding=True), 0))}"
-        said.append(f"sequences of unequal length would add {words} for their padding mask (--padding)")
+            more = max(added(padding=True), 0)
+            words = f"about {gib(more)}"
+        if more:
+            said.append(f"sequences of unequal length would add {words} for their padding mask (--padding)")
     mixers = [m for layer in model.architecture.text.layers for m in layer.mixers]
     if inference and any(isinstance(m, (Mamba1, Mamba2)) for m in mixers):
         other, words = ("fallback", "without") if request.kernels == "fused" else ("fused", "with")

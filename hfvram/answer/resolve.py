@@ -62,8 +62,12 @@ def resolve(architecture: Architecture, request: Request) -> tuple[Request, list
             f"{architecture.class_name} can't run --attention {request.attention}: {attention} runs instead"
         )
     training = request.mode != "inference"
-    if request.mode == "qlora" and request.quant in ("auto", "none"):
-        request = request.with_(quant="nf4")
+    if request.mode == "qlora":
+        if request.quant == "auto" and own not in ("none", "nf4", "fp4"):
+            raise HfvramError("usage", f"--mode qlora: the checkpoint is {own} already, valid is --quant none")
+        if request.quant in ("auto", "none"):
+            request = request.with_(quant=own if request.quant == "auto" and own != "none" else "nf4")
+    warnings += _left_out(architecture, request, dtype)
     return request.with_(
         ctx=ctx,
         phase=None if training else phase,
@@ -76,6 +80,26 @@ def resolve(architecture: Architecture, request: Request) -> tuple[Request, list
         gpus=gpus,
         method="formula" if request.method == "auto" else request.method,
     ), warnings
+
+
+def _left_out(architecture: Architecture, request: Request, dtype: str) -> list[str]:
+    """What an answer does not hold, or holds where nobody expects it."""
+    said = []
+    towers = [s.name for s in architecture.stacks if s.name != architecture.main and architecture.task != "seq2seq"]
+    if towers and request.mode != "inference":
+        said.append(
+            f"text alone is trained on: the {' and '.join(towers)} stack has no activations, gradients or states"
+        )
+    elif towers:
+        said.append(f"the prompt is text alone: the {' and '.join(towers)} stack counts with its weights")
+    if architecture.moe and request.quant in ON_LOADING:
+        wide = ", which QLoRA casts to fp32" if request.mode == "qlora" else ""
+        said.append(f"bitsandbytes quantizes linear layers: experts that are one tensor stay in {dtype}{wide}")
+    if request.fsdp and request.mixed_precision != "no" and dtype != "fp32":
+        said.append(
+            f"the parameters are kept in {dtype}: accelerate makes them fp32 under mixed precision (--dtype fp32)"
+        )
+    return said
 
 
 def _derived(capability: str, dtype: str) -> str:

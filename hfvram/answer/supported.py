@@ -46,6 +46,11 @@ def simulated_by_default(request: Request) -> bool:
     return request.mode != "inference" or request.cache in SIMULATED_CACHES
 
 
+def by_code(request: Request) -> bool:
+    """Whether the exact engine answers this request, which takes it seconds."""
+    return request.method == "simulate" or (request.method == "auto" and simulated_by_default(request))
+
+
 def check(request: Request) -> None:
     """Raises `usage` for what this version can't answer, and for training options of an inference request."""
     for name, values in SUPPORTED.items():

@@ -31,6 +31,7 @@ def build(
     dtype: str,
     trust_remote_code: bool = False,
     path: str | None = None,
+    attention: str | None = None,
 ) -> Any:
     """The model of a `config.json` on the meta device, in `dtype` (`bf16`, `fp16`, `fp32`), as a torch module.
 
@@ -60,6 +61,8 @@ def build(
             if not isinstance(config, wanted):  # a class for a part of a larger model, most often for its text
                 parts = (getattr(config, name, None) for name in config.sub_configs)
                 config = next((part for part in parts if isinstance(part, wanted)), config)
+            if attention is not None:
+                config._attn_implementation = attention
             return model_class._from_config(config, dtype=getattr(torch, DTYPES[dtype]))
     except HfvramError:
         raise
@@ -78,7 +81,13 @@ def configuration(values: Mapping[str, Any]) -> Any:
     if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         raise HfvramError("unknown_architecture", f"transformers knows no model type {printable(repr(kind), 60)}")
     own = copy.deepcopy({k: v for k, v in values.items() if k not in LEFT_OUT})  # some classes take parts out of it
-    return transformers.AutoConfig.for_model(kind, **own)
+    return transformers.AutoConfig.for_model(kind, **without_kernels(own))
+
+
+def without_kernels(values: dict[str, Any]) -> dict[str, Any]:
+    """Without the names of kernels: transformers would fetch those of other names from the Hub, and run them."""
+    kept = {k: v for k, v in values.items() if not k.strip("_").startswith(("attn_implementation", "experts_implem"))}
+    return {k: without_kernels(v) if isinstance(v, dict) else v for k, v in kept.items()}
 
 
 def build_remote(path: str, dtype: Any) -> Any:

@@ -17,6 +17,8 @@ COLOURS = {
     "activations": "cyan",
     "workspace": "bright_yellow",
 }
+MOST_NAMES = 8
+"""Names of small items that are told."""
 MOST_ITEMS = 9
 SMALL = 0.001
 """Share of the peak below which an item is folded away."""
@@ -95,7 +97,9 @@ def items(e: Estimate, width: int, paint: Paint) -> list[str]:
     rows = [(i.name, size(i.bytes), _share(i.bytes, peak), i.formula) for i in shown]
     if folded:
         rest = sum(i.bytes for i in folded)
-        names = ", ".join(dict.fromkeys(i.name for i in folded))
+        told = list(dict.fromkeys(i.name for i in folded))
+        more = len(told) - MOST_NAMES
+        names = ", ".join(told if more <= 1 else [*told[:MOST_NAMES], f"{more} more"])
         rows.append((f"{len(folded)} smaller", size(rest), _share(rest, peak), names))
     lines = columns(rows, width, "<>><")
     heading = f"Live at the peak ({e.peak_phase})" if e.peak_phase else "Live at the peak"
@@ -143,14 +147,16 @@ def verdict(e: Estimate, width: int, paint: Paint) -> list[str]:
         word = paint("fits", "green") if f.fits else paint("does not fit", "red")
         lines.append(f"{word} {f.gpu}: {size(e.device_bytes)} of {size(f.capacity_bytes)}, {room}")
         limits = [(n, v) for n, v in (("context", f.max_ctx), ("batch", f.max_batch)) if v is not None]
-        most = [f"{n} {v:,}" if v else f"no {n}" for n, v in limits]
+        most = [f"{n} {v:,}" if v else f"not even {n} 1" for n, v in limits]
         if limits:
             fits = any(v for _, v in limits)
-            lines.append(f"most that fits: {', '.join(most)}" if fits else "not even one token fits")
+            lines.append(
+                f"most that fits, all else as asked: {' or '.join(most)}" if fits else "not even one token fits"
+            )
         if f.ways:
             lines.append("fits with:")
             lines += columns([(way.change, size(way.device_bytes), "") for way in f.ways], width, "<><", indent=2)
-        elif not f.fits:
+        elif not f.fits and (e.request.gpus or 1) == 1:
             lines.append("no single change, and no pair of changes, makes it fit")
     if e.recommended:
         lines.append("smallest GPUs that run it:")

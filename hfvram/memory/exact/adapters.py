@@ -14,6 +14,9 @@ from hfvram.memory.timeline import Tag
 from hfvram.request import Request
 
 ALPHA = 32
+MOST_REPEATS = 4
+REPEAT, NESTED = r"[*+]|{\d*,", r"([*+]|{\d*,\d*})[^(]*\)+([*+]|{\d*,)"
+"""In a regular expression of targets: of many, or of one within another, matching may never end."""
 
 
 def adapt(run: Run, model: Any, request: Request) -> Any:
@@ -69,7 +72,18 @@ def targets(asked: str | tuple[str, ...]) -> str | list[str]:
     """
     if not isinstance(asked, str):
         return list(asked)
-    return [asked] if re.fullmatch(r"\w+", asked) else asked
+    if re.fullmatch(r"[\w-]+", asked):
+        return asked if asked == "all-linear" else [asked]
+    try:
+        re.compile(asked)
+    except re.error as error:
+        raise HfvramError(
+            "usage", f"--lora-targets {printable(asked, 60)} is no regular expression: {error}"
+        ) from error
+    if len(re.findall(REPEAT, asked)) > MOST_REPEATS or re.search(NESTED, asked):
+        valid = f"valid are up to {MOST_REPEATS} repeats, none within another"
+        raise HfvramError("usage", f"--lora-targets {printable(asked, 60)} may take forever: {valid}")
+    return asked
 
 
 def task(model: Any) -> str | None:

@@ -18,8 +18,8 @@ def build(tracker: Tracker, config: Mapping[str, Any], class_name: str | None, d
     Raises `missing_extra`, `unknown_architecture` and `bad_config` as `meta.build` does.
     """
     with tracker, tracker.making("weights"):
-        asked = {"_attn_implementation": "eager"} if attention == "eager" else {}  # sdpa is the default where it runs
-        model = meta.build({**config, **asked}, class_name, dtype)
+        asked = "eager" if attention == "eager" else None  # sdpa is the default where it runs
+        model = meta.build(config, class_name, dtype, attention=asked)
         settle(model)
     return model
 

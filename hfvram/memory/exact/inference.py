@@ -59,6 +59,7 @@ def generate(run: Run, model: Any, given: dict[str, Any], request: Request) -> A
         return passes(run, model, {"input_ids": ids[:, :-1]}, 1, 1)
     if not grow(cache, new - 2 * FEW):
         return cache
+    note_cache(run, cache)
     return passes(run, model, {"input_ids": ids[:, :-FEW], "past_key_values": cache}, FEW, FEW)
 
 

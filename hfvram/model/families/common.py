@@ -112,6 +112,12 @@ def dropout_of(config: Config) -> Dropout:
     embedding = config.number("embd_pdrop", "embed_pdrop", "embedding_dropout", default=0.0)
     attention = config.number("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", default=0.0)
     residual = config.number(
-        "resid_pdrop", "residual_dropout", "hidden_dropout", "hidden_dropout_prob", "dropout_rate", "dropout", default=0.0
+        "resid_pdrop",
+        "residual_dropout",
+        "hidden_dropout",
+        "hidden_dropout_prob",
+        "dropout_rate",
+        "dropout",
+        default=0.0,
     )
     return Dropout(embedding, attention, residual)
