@@ -102,10 +102,14 @@ def seen(model: Any, device: str, optimizer: str = "adamw") -> dict[str, list[in
 
 def both(name: str, **options: Any) -> list[dict[str, list[int]]]:
     """What is seen of one model on meta, and of one that really computes."""
-    config = MODELS[name] | {"_attn_implementation": "eager"}
+    config = MODELS[name]
     class_name = (config.get("architectures") or [None])[0]
     values = meta.configuration(config)
-    models = meta.build(config, class_name, "fp32"), meta.class_of(values, class_name)._from_config(values)
+    values._attn_implementation = "eager"
+    models = (
+        meta.build(config, class_name, "fp32", attention="eager"),
+        meta.class_of(values, class_name)._from_config(values),
+    )
     found = []
     for model in models:
         model.train()
