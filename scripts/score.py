@@ -58,7 +58,10 @@ def answers(cases: list[Case], method: str, command: list[str]) -> dict[str, Any
             (model / "config.json").write_text(json.dumps(case["config"]))
             lines.append(json.dumps({"id": case["id"], "model": str(model), "method": method, **case["request"]}))
         done = subprocess.run(
-            [*command, "batch", "-", "--json"], input="\n".join(lines), capture_output=True, text=True
+            [*command, "batch", "-", "--json", *(["--jobs", "2"] if method == "simulate" else [])],
+            input="\n".join(lines),
+            capture_output=True,
+            text=True,
         )
     if not done.stdout:
         raise SystemExit(f"{shlex.join(command)} gave no answer: {done.stderr.strip()[-300:]}")

@@ -237,7 +237,7 @@ def check_sizes(config: dict[str, Any], values: list[Any]) -> None:
             start = time.process_time()
             kind = asked(changed(config, path, value), SHORT)
             assert kind in ALLOWED, (path, value, kind)
-            assert time.process_time() - start < 2, (path, value)
+            assert time.process_time() - start < 10, (path, value)
 
 
 @pytest.mark.slow
