@@ -227,7 +227,12 @@ def test_colours_and_a_bar_on_a_terminal_that_wants_them(llama: str, env: dict[s
 def test_ctrl_c_is_quiet_and_130() -> None:
     code = "import sys; from hfvram.show.cli import main; print('ready', flush=True); sys.exit(main(['batch', '-']))"
     process = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a job in the background has none
     )
     assert process.stdout
     process.stdout.readline()
