@@ -2,7 +2,7 @@
 
 import pytest
 
-from hfvram.answer.items import in_numbers, items
+from hfvram.answer.items import in_numbers, items, offloaded
 from hfvram.memory.allocator import replay
 from hfvram.memory.timeline import Standing, Tag, Timeline
 
@@ -70,3 +70,15 @@ def test_no_rounding_no_item() -> None:
 def test_formulas_in_numbers(formula: str, total: int, count: int, shown: str) -> None:
     symbols = {"b": 2, "s": 3, "h": 4, "big": 10**6}
     assert in_numbers(Tag("x", "activations", formula), total, count, symbols) == shown
+
+
+def test_what_is_kept_elsewhere_adds_up_by_place_and_name() -> None:
+    t = written()
+    moment = Tag("optimizer states: first moment", "optimizer", "P·4")
+    t.elsewhere = [("cpu", moment, 2048), ("cpu", moment, 2048), ("nvme", moment, 100), ("cpu", WEIGHTS, 1024)]
+    found = [(x.name, x.place, x.bytes, x.formula) for x in offloaded(t)]
+    assert found == [
+        ("optimizer states: first moment", "cpu", 4096, "2 × P·4 = 2 × 512·4"),
+        ("weights", "cpu", 1024, "P·e = 512·2"),
+        ("optimizer states: first moment", "nvme", 100, "P·4"),
+    ]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from estimates import mamba, mixtral, roomy, too_much
 
-from hfvram.answer.estimate import Estimate, LiveTensor
+from hfvram.answer.estimate import Estimate, LiveTensor, Offloaded
 from hfvram.errors import HfvramError
 from hfvram.show.csv import csv
 from hfvram.show.explain import explain
@@ -18,6 +18,7 @@ from hfvram.show.markdown import markdown
 from hfvram.show.table import Row, table
 from hfvram.show.table import markdown as markdown_table
 from hfvram.show.text import text
+from hfvram.units import GiB
 
 GOLDEN = Path(__file__).parent.parent / "fixtures" / "golden"
 ROWS = [
@@ -62,6 +63,22 @@ def with_tensors() -> Estimate:
     return replace(too_much(), largest_tensors=(head, saved, workspace))
 
 
+def offloaded() -> Estimate:
+    """Mixtral, its weights in CPU memory, and something on NVMe."""
+    states = Offloaded(
+        name="optimizer states: first moment",
+        category="optimizer",
+        place="cpu",
+        bytes=20 * GiB,
+        formula="P·4÷n",
+        source="DeepSpeed 0.18: stage_1_and_2.py",
+        certainty="derived",
+    )
+    more = replace(states, name="pinned buffers", bytes=3 * GiB, formula="", certainty="guess")
+    away = replace(states, name="parameters", category="weights", place="nvme", bytes=7 * GiB, formula="P·2÷n")
+    return replace(too_much(), offloaded=(states, away, more), cpu_bytes=23 * GiB, nvme_bytes=7 * GiB)
+
+
 CASES = {
     "mixtral-80.txt": lambda: text(mixtral(), 80),
     "mixtral-120.txt": lambda: text(mixtral(), 120),
@@ -70,6 +87,9 @@ CASES = {
     "mamba-80.txt": lambda: text(mamba(), 80),
     "explain-80.txt": lambda: explain(too_much(), 80),
     "explain-tensors-80.txt": lambda: explain(with_tensors(), 80),
+    "offloaded-80.txt": lambda: text(offloaded(), 80),
+    "offloaded-explain.txt": lambda: explain(offloaded(), 80),
+    "offloaded.md": lambda: markdown(offloaded()),
     "mixtral.md": lambda: markdown(too_much()),
     "mixtral.json": lambda: dumps(too_much().to_dict()),
     "table-80.txt": lambda: table(ROWS, 80),
@@ -87,7 +107,7 @@ def test_golden(name: str) -> None:
     assert shown == (GOLDEN / name).read_text()
 
 
-@pytest.mark.parametrize("estimate", [mixtral(), too_much(), roomy(), mamba(), with_tensors()])
+@pytest.mark.parametrize("estimate", [mixtral(), too_much(), roomy(), mamba(), with_tensors(), offloaded()])
 @pytest.mark.parametrize("width", [80, 120])
 def test_no_line_is_wider_than_the_terminal(estimate: Estimate, width: int) -> None:
     for shown in (text(estimate, width), explain(estimate, width)):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hfvram.memory.timeline import Category, Certainty
+from hfvram.memory.timeline import Category, Certainty, Elsewhere
 from hfvram.request import Request
 
 Method = Literal["formula", "simulate", "guide"]
@@ -40,6 +40,19 @@ class Item:
 
     name: str
     category: Category
+    bytes: int
+    formula: str
+    source: str
+    certainty: Certainty
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offloaded:
+    """Bytes that one GPU's process keeps in CPU memory or on NVMe, under one name."""
+
+    name: str
+    category: Category
+    place: Elsewhere
     bytes: int
     formula: str
     source: str
@@ -111,7 +124,10 @@ class Recommended:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """What a request takes on one GPU. `items` stand at the peak and add up to `peak_allocated_bytes` exactly."""
+    """What a request takes on one GPU. `items` stand at the peak and add up to `peak_allocated_bytes` exactly.
+
+    `offloaded` is what each GPU's process keeps elsewhere; it adds up to `cpu_bytes` and `nvme_bytes`.
+    """
 
     model: ModelFacts
     request: Request
@@ -127,6 +143,9 @@ class Estimate:
     peak_allocated_bytes: int
     peak_reserved_bytes: int
     device_bytes: int
+    cpu_bytes: int = 0
+    nvme_bytes: int = 0
+    offloaded: tuple[Offloaded, ...] = ()
     interval: Interval
     guide: RuleOfThumb
     serving: None = None
@@ -143,6 +162,7 @@ class Estimate:
             out[name] = _shallow(out[name])
         out["request"] = self.request.to_dict()
         out["items"] = [_shallow(item) for item in self.items]
+        out["offloaded"] = [_shallow(item) for item in self.offloaded]
         out["largest_tensors"] = [_shallow(tensor) | {"shape": list(tensor.shape)} for tensor in self.largest_tensors]
         out["fit"] = self.fit and {**_shallow(self.fit), "ways": [_shallow(way) for way in self.fit.ways]}
         out["recommended"] = [_shallow(r) for r in self.recommended]

@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from hfvram.answer.estimate import Item
+from hfvram.answer.estimate import Item, Offloaded
 from hfvram.memory.allocator import Peaks
-from hfvram.memory.timeline import Tag, Timeline
+from hfvram.memory.timeline import Elsewhere, Tag, Timeline
 
 ROUNDING = Item(
     name="rounding",
@@ -40,6 +40,27 @@ def items(timeline: Timeline, peaks: Peaks) -> tuple[Item, ...]:
     if rounding:
         found.append(replace(ROUNDING, bytes=rounding))
     return tuple(found)
+
+
+def offloaded(timeline: Timeline) -> tuple[Offloaded, ...]:
+    """What is kept in CPU memory or on NVMe, by place and name, largest first."""
+    groups: dict[tuple[Elsewhere, Tag], tuple[int, int]] = {}
+    for place, tag, nbytes in timeline.elsewhere:
+        total, count = groups.get((place, tag), (0, 0))
+        groups[place, tag] = (total + nbytes, count + 1)
+    found = [
+        Offloaded(
+            name=tag.name,
+            category=tag.category,
+            place=place,
+            bytes=total,
+            formula=in_numbers(tag, total, count, timeline.symbols),
+            source=tag.source,
+            certainty=tag.certainty,
+        )
+        for (place, tag), (total, count) in groups.items()
+    ]
+    return tuple(sorted(found, key=lambda item: -item.bytes))
 
 
 def in_numbers(tag: Tag, total: int, count: int, symbols: dict[str, int]) -> str:

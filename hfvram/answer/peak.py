@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from hfvram.answer.estimate import Item, LiveTensor
-from hfvram.answer.items import items
+from hfvram.answer.estimate import Item, LiveTensor, Offloaded
+from hfvram.answer.items import items, offloaded
 from hfvram.answer.largest import largest
 from hfvram.memory.allocator import replay
 from hfvram.memory.timeline import Timeline
@@ -23,6 +23,7 @@ class AtPeak:
     managed_bytes: int = 0
     trainable_parameters: int = 0
     largest_tensors: tuple[LiveTensor, ...] = ()
+    offloaded: tuple[Offloaded, ...] = ()
 
 
 def at_peak(timeline: Timeline, expandable_segments: bool) -> AtPeak:
@@ -39,4 +40,5 @@ def at_peak(timeline: Timeline, expandable_segments: bool) -> AtPeak:
         managed_bytes=timeline.managed_bytes,
         trainable_parameters=timeline.trainable_parameters,
         largest_tensors=largest(timeline, peaks),
+        offloaded=offloaded(timeline),
     )

@@ -9,6 +9,7 @@ Category = Literal[
     "weights", "buffers", "gradients", "optimizer", "cache", "activations", "workspace", "rounding", "inputs"
 ]
 Certainty = Literal["exact", "derived", "calibrated", "guess"]
+Elsewhere = Literal["cpu", "nvme"]
 
 
 class Tag(NamedTuple):
@@ -60,6 +61,7 @@ class Timeline:
 
     __slots__ = (
         "cache_bytes",
+        "elsewhere",
         "events",
         "gradients_bytes",
         "made",
@@ -96,6 +98,8 @@ class Timeline:
         """Of training: all gradients and optimizer states in raw sizes, and the parameters that they are of."""
         self.managed_bytes = 0
         """Optimizer states in CUDA's managed memory: on the device while there is room, but not the allocator's."""
+        self.elsewhere: list[tuple[Elsewhere, Tag, int]] = []
+        """What this GPU's process keeps in CPU memory or on NVMe instead of on the GPU, in raw bytes."""
         self.cache_bytes = 0
         """The whole cache once the request is done, in raw sizes."""
 

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable
 
-from hfvram.answer.estimate import Estimate, LiveTensor
+from hfvram.answer.estimate import Estimate, Item, LiveTensor, Offloaded
 from hfvram.show.layout import Paint, columns, plain, size
-from hfvram.show.text import headline, totals
+from hfvram.show.text import PLACES, headline, placed, totals
 
 CERTAINTY = {"exact": "exact", "derived": "derived from code", "calibrated": "calibrated", "guess": "a guess"}
 
@@ -14,15 +14,26 @@ def explain(estimate: Estimate, width: int, paint: Paint = plain) -> str:
     e = estimate
     lines = [*headline(e, width, paint), "", paint(f"Live at the peak ({e.peak_phase})", "bold")]
     for item in e.items:
-        lines += ["", f"{paint(item.name, 'bold')}: {item.bytes:,} B ({size(item.bytes)}), {CERTAINTY[item.certainty]}"]
-        rows = [("=", item.formula)] * bool(item.formula) + [("source:", item.source)] * bool(item.source)
-        lines += [line for row in rows for line in columns([row], width, "<<", indent=2)]
+        lines += explained(item, width, paint)
     lines += ["", f"sum = peak allocated: {e.peak_allocated_bytes:,} B"]
+    for place, count in placed(e):
+        lines += ["", paint(f"{place[0].upper()}{place[1:]}, for each GPU's process", "bold")]
+        for away in e.offloaded:
+            lines += explained(away, width, paint) if PLACES[away.place] == place else []
+        lines += ["", f"sum {place}: {count:,} B"]
     if e.largest_tensors:
         lines += ["", paint("Largest tensors at the peak", "bold"), *largest(e.largest_tensors, width)]
     lines += ["", *totals(e, width, paint)]
     lines += [line for w in e.warnings for line in columns([("note:", w)], width, "<<")]
     return "\n".join(lines)
+
+
+def explained(item: Item | Offloaded, width: int, paint: Paint) -> list[str]:
+    """An item: its bytes, how sure they are, its formula with numbers, and where that is from."""
+    rows = [("=", item.formula)] * bool(item.formula) + [("source:", item.source)] * bool(item.source)
+    lines = [line for row in rows for line in columns([row], width, "<<", indent=2)]
+    head = f"{paint(item.name, 'bold')}: {item.bytes:,} B ({size(item.bytes)}), {CERTAINTY[item.certainty]}"
+    return ["", head, *lines]
 
 
 def largest(tensors: Iterable[LiveTensor], width: int) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from hfvram.answer.estimate import Estimate
 from hfvram.errors import printable
 from hfvram.show.layout import size
-from hfvram.show.text import asked, shape
+from hfvram.show.text import PLACES, asked, placed, shape
 from hfvram.units import short_count
 
 
@@ -23,6 +23,7 @@ def markdown(estimate: Estimate) -> str:
         ("peak allocated", size(e.peak_allocated_bytes), e.peak_phase),
         ("peak reserved", size(e.peak_reserved_bytes), ""),
         ("**on the device**", f"**{size(e.device_bytes)}**", f"{low} to {high}"),
+        *((place, size(count), "for each GPU's process") for place, count in placed(e)),
         ("rule of thumb", size(e.guide.bytes), e.guide.formula),
     ]
     parts = [
@@ -31,6 +32,9 @@ def markdown(estimate: Estimate) -> str:
         table(("live at the peak", "size", "share", "formula"), live, "<>><"),
         table(("total", "size", ""), sums, "<><"),
     ]
+    if e.offloaded:
+        away = [(i.name, PLACES[i.place], size(i.bytes), i.formula) for i in e.offloaded]
+        parts.append(table(("kept elsewhere", "place", "size", "formula"), away, "<<><"))
     if f := e.fit:
         room = f"{size(abs(f.headroom_bytes))} {'to spare' if f.fits else 'too much'}"
         parts.append(f"**{'Fits' if f.fits else 'Does not fit'} {f.gpu}** ({size(f.capacity_bytes)}): {room}.")

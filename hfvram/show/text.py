@@ -17,6 +17,7 @@ COLOURS = {
     "activations": "cyan",
     "workspace": "bright_yellow",
 }
+PLACES = {"cpu": "in CPU memory", "nvme": "on NVMe"}
 MOST_NAMES = 8
 """Names of small items that are told."""
 MOST_ITEMS = 9
@@ -30,7 +31,7 @@ def text(estimate: Estimate, width: int, paint: Paint = plain) -> str:
     blocks = [headline(e, width, paint), components(e, width), items(e, width, paint)]
     if paint is not plain:
         blocks.append([bar(e, width, paint)])
-    blocks += [totals(e, width, paint), verdict(e, width, paint)]
+    blocks += [totals(e, width, paint), elsewhere(e, width), verdict(e, width, paint)]
     return "\n\n".join("\n".join(lines) for lines in blocks if lines)
 
 
@@ -137,6 +138,21 @@ def totals(e: Estimate, width: int, paint: Paint) -> list[str]:
         ("rule of thumb", size(e.guide.bytes), e.guide.formula),
     ]
     return [_painted(line, {"on the device": "bold"}, paint) for line in columns(rows, width, "<><")]
+
+
+def elsewhere(e: Estimate, width: int) -> list[str]:
+    """What each GPU's process keeps in CPU memory and on NVMe: the sum, and its items beneath."""
+    lines: list[str] = []
+    for place, count in placed(e):
+        lines += columns([(place, size(count), "for each GPU's process")], width, "<><")
+        rows = [(i.name, size(i.bytes), i.formula) for i in e.offloaded if PLACES[i.place] == place]
+        lines += columns(rows, width, "<><", indent=2)
+    return lines
+
+
+def placed(e: Estimate) -> list[tuple[str, int]]:
+    """Places other than the GPU that hold something, and how much."""
+    return [(PLACES[place], count) for place, count in (("cpu", e.cpu_bytes), ("nvme", e.nvme_bytes)) if count]
 
 
 def verdict(e: Estimate, width: int, paint: Paint) -> list[str]:

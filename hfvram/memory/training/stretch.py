@@ -98,7 +98,8 @@ def stretch(t: Timeline, segments: Sequence[Segment], groups: int) -> Timeline |
     for at in sorted(names):
         for name in names[at]:
             out.mark(name)
-    for name in ("symbols", "gradients_bytes", "optimizer_bytes", "managed_bytes", "trainable_parameters"):
+    kept = "symbols", "elsewhere", "gradients_bytes", "optimizer_bytes", "managed_bytes", "trainable_parameters"
+    for name in kept:
         setattr(out, name, getattr(t, name))
     return out
 
