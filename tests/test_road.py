@@ -97,7 +97,7 @@ def test_json_has_exactly_these_keys(nowhere: subprocess.CompletedProcess[str]) 
         "warnings",
         "error",
     }
-    added = {"peak_phase", "recommended", "components", "largest_tensors"}
+    added = {"peak_phase", "recommended", "components", "largest_tensors", "phases"}
     assert set(answer) == sizes | rest | added
     assert set(answer["model"]) == {
         *("id", "commit", "source", "architecture", "model_type", "parameters", "active_parameters"),

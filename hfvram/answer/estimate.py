@@ -77,6 +77,15 @@ class LiveTensor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PhasePeak:
+    """The most that is live at once in one phase of training, and the most activations: raw sizes, no rounding."""
+
+    name: str
+    live_bytes: int
+    activations_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Interval:
     """Where `device_bytes` probably lies: the errors of the measured cases most like this one, applied to it."""
 
@@ -152,6 +161,7 @@ class Estimate:
     fit: Fit | None = None
     recommended: tuple[Recommended, ...] = ()
     largest_tensors: tuple[LiveTensor, ...] = ()
+    phases: tuple[PhasePeak, ...] = ()
     components: tuple[tuple[str, "Estimate"], ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -164,6 +174,7 @@ class Estimate:
         out["items"] = [_shallow(item) for item in self.items]
         out["offloaded"] = [_shallow(item) for item in self.offloaded]
         out["largest_tensors"] = [_shallow(tensor) | {"shape": list(tensor.shape)} for tensor in self.largest_tensors]
+        out["phases"] = [_shallow(phase) for phase in self.phases]
         out["fit"] = self.fit and {**_shallow(self.fit), "ways": [_shallow(way) for way in self.fit.ways]}
         out["recommended"] = [_shallow(r) for r in self.recommended]
         out["components"] = [{"name": n, **e.to_dict()} for n, e in self.components]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from hfvram.answer.estimate import Item, LiveTensor, Offloaded
+from hfvram.answer.estimate import Item, LiveTensor, Offloaded, PhasePeak
 from hfvram.answer.items import items, offloaded
 from hfvram.answer.largest import largest
 from hfvram.memory.allocator import replay
@@ -24,6 +24,7 @@ class AtPeak:
     trainable_parameters: int = 0
     largest_tensors: tuple[LiveTensor, ...] = ()
     offloaded: tuple[Offloaded, ...] = ()
+    phases: tuple[PhasePeak, ...] = ()
 
 
 def at_peak(timeline: Timeline, expandable_segments: bool) -> AtPeak:
@@ -41,4 +42,11 @@ def at_peak(timeline: Timeline, expandable_segments: bool) -> AtPeak:
         trainable_parameters=timeline.trainable_parameters,
         largest_tensors=largest(timeline, peaks),
         offloaded=offloaded(timeline),
+        phases=phases(timeline) if timeline.trainable_parameters else (),
     )
+
+
+def phases(timeline: Timeline) -> tuple[PhasePeak, ...]:
+    """The peaks of each phase."""
+    found = timeline.phases().items()
+    return tuple(PhasePeak(name=name, live_bytes=live, activations_bytes=most) for name, (live, most) in found)

@@ -209,6 +209,7 @@ def _estimate(model: Model, request: Request, found: AtPeak, notes: list[str]) -
         guide=guide.rule(guide_items(model, request)),
         warnings=(*model.warnings, *notes),
         largest_tensors=found.largest_tensors,
+        phases=found.phases,
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hfvram import __version__
-from hfvram.answer.estimate import Item, LiveTensor
+from hfvram.answer.estimate import Item, LiveTensor, PhasePeak
 from hfvram.answer.peak import AtPeak, at_peak
 from hfvram.errors import HfvramError
 from hfvram.model.identify import Model
@@ -44,7 +44,8 @@ def simulated(model: Model, request: Request) -> AtPeak:
 def _restored(kept: dict[str, Any]) -> AtPeak:
     items = tuple(Item(**item) for item in kept["items"])
     tensors = (LiveTensor(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in kept["largest_tensors"])
-    return AtPeak(**{**kept, "items": items, "largest_tensors": tuple(tensors)})
+    phases = tuple(PhasePeak(**phase) for phase in kept["phases"])
+    return AtPeak(**{**kept, "items": items, "largest_tensors": tuple(tensors), "phases": phases})
 
 
 @cache

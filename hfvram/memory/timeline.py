@@ -130,6 +130,40 @@ class Timeline:
         """The phase in which this event stands."""
         return next((name for at, name in reversed(self.marks) if at < event), "start")
 
+    def phases(self) -> dict[str, tuple[int, int]]:
+        """By the name of a phase, over all of its times: the most bytes that are live at once in it, as they were asked
+        for, and the most activations.
+
+        >>> t = Timeline(Standing(((100, Tag("weights", "weights")),)))
+        >>> t.mark("forward")
+        >>> saved = t.alloc(30, Tag("x", "activations"))
+        >>> t.mark("backward")
+        >>> t.free(saved)
+        >>> t.moment(Tag("w", "gradients"), 50)
+        >>> t.phases()
+        {'forward': (130, 30), 'backward': (150, 30)}
+        """
+        found: dict[str, tuple[int, int]] = {}
+        marks, name = dict(self.marks), ""
+        live, activations, most, most_activations = sum(self.standing.bytes_by_tag.values()), 0, 0, 0
+        for i, event in enumerate(self.events):
+            if i in marks:
+                found[name] = most, most_activations
+                name = marks[i]
+                most, most_activations = found.get(name, (0, 0))
+                most, most_activations = max(most, live), max(most_activations, activations)
+            handle = event if event >= 0 else ~event
+            change = self.sizes[handle] if event >= 0 else -self.sizes[handle]
+            live += change
+            if live > most:
+                most = live
+            if self.tags[handle].category == "activations":
+                activations += change
+                if activations > most_activations:
+                    most_activations = activations
+        found[name] = most, most_activations
+        return {name: peaks for name, peaks in found.items() if name not in ("", "end")}
+
     def fullest_bytes(self) -> int:
         """The most bytes that are live at once, as they were asked for: no rounding, no allocator."""
         live = most = 0

@@ -23,6 +23,10 @@ def explain(estimate: Estimate, width: int, paint: Paint = plain) -> str:
         lines += ["", f"sum {place}: {count:,} B"]
     if e.largest_tensors:
         lines += ["", paint("Largest tensors at the peak", "bold"), *largest(e.largest_tensors, width)]
+    if e.phases:
+        peaks = [("phase", "live", "activations", "")]
+        peaks += [(p.name, size(p.live_bytes), size(p.activations_bytes), "") for p in e.phases]
+        lines += ["", paint("At most in each phase, without rounding", "bold"), *columns(peaks, width, "<>><")]
     lines += ["", *totals(e, width, paint)]
     lines += [line for w in e.warnings for line in columns([("note:", w)], width, "<<")]
     return "\n".join(lines)
