@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 import hfvram
 from hfvram.answer.estimate import Estimate
 from hfvram.answer.question import Session
-from hfvram.answer.supported import ON_LOADING, SUPPORTED
+from hfvram.answer.supported import SUPPORTED
 from hfvram.errors import HfvramError
+from hfvram.memory.bitsandbytes import ON_LOADING
 from hfvram.request import CHOICES, Request
 from hfvram.show.cli import main
 

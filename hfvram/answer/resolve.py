@@ -1,9 +1,10 @@
 """What a request leaves open, decided by the model: context, phase, dtypes; what goes against it, and what was never
 measured, is told."""
 
-from hfvram.answer.supported import ON_LOADING, SIMULATED_CACHES, SIMULATED_QUANTS
+from hfvram.answer.supported import SIMULATED_CACHES, SIMULATED_QUANTS
 from hfvram.errors import HfvramError
 from hfvram.memory.attention import implementation
+from hfvram.memory.bitsandbytes import ON_LOADING
 from hfvram.memory.forward import Forward
 from hfvram.memory.generation import MEASURED, generation
 from hfvram.memory.weights import DEQUANTIZED, packed_bits

@@ -21,7 +21,8 @@ SHELF = "simulated"
 """Where the answers lie in hfvram's folder of the Hugging Face cache."""
 RESTS_ON = (
     *("answer/items.py", "answer/largest.py", "answer/peak.py", "model/meta.py"),
-    *(f"memory/{name}.py" for name in ("allocator", "expandable", "generation", "timeline", "weights")),
+    *(f"memory/{name}.py" for name in ("allocator", "bitsandbytes", "cuda_kernels", "expandable", "generation")),
+    *("memory/timeline.py", "memory/weights.py"),
 )
 """What else than the engine an answer rests on."""
 VERDICT = "gpu", "max_ctx", "max_batch", "recommend", "method", "allow_unknown"

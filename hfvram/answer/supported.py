@@ -3,6 +3,7 @@
 from typing import Any, Final
 
 from hfvram.errors import HfvramError, printable
+from hfvram.memory import bitsandbytes
 from hfvram.request import Request
 
 SUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
@@ -32,13 +33,9 @@ TRAINING: Final = (
 )
 OPTIMIZERS: Final = (
     *("adamw_torch_fused", "adamw_torch", "adamw_torch_loop", "sgd", "sgd_momentum", "adagrad", "rmsprop", "adafactor"),
-    *("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit"),
-    *("ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit"),
-    *("lion", "lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit"),
-    *("rmsprop_bnb", "rmsprop_bnb_32bit", "rmsprop_bnb_8bit", "galore_adamw", "apollo_adamw", "muon"),
+    *bitsandbytes.OPTIMIZERS,
+    *("galore_adamw", "apollo_adamw", "muon"),
 )
-ON_LOADING: Final = ("nf4", "fp4", "int8")
-"""Quantizations that are made while a model is loaded; all others are the checkpoint's own."""
 
 
 def simulated_by_default(request: Request) -> bool:

@@ -3,6 +3,7 @@
 import re
 from functools import lru_cache
 
+from hfvram.memory.bitsandbytes import BLOCK, NESTED_BLOCK
 from hfvram.memory.forward import ELEMENT_BYTES
 from hfvram.memory.timeline import Standing, Tag
 from hfvram.model.architecture import Architecture
@@ -21,7 +22,6 @@ BUFFERS = Tag("buffers", "buffers", "", "the model's own tensors", "exact")
 LINEAR = ("linear",)
 """What bitsandbytes replaces: `nn.Linear` itself and `Conv1D`, no subclass (transformers 5.17, bitsandbytes.py)."""
 BUFFER_BYTES = {"bool": 1, "int32": 4, "int64": 8, "complex64": 8, "uint8": 1, "int8": 1, "fp64": 8}
-BLOCK, NESTED_BLOCK = 64, 256
 GROUP = 128
 DEQUANTIZED = ("mxfp4",)
 """Formats that transformers turns into the model's dtype while loading, unless kernels for them are installed."""

@@ -6,27 +6,23 @@ so that other generations of GPUs (`memory/generation.py`) are derived.
 """
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from hfvram.memory.cuda_kernels import Kernel, attention_kernel, flash_backward_fits, round_up
 from hfvram.memory.exact.autocast import Autocast
 from hfvram.memory.generation import HOPPER, Generation
 
-Kernel = Literal["cudnn", "flash", "efficient"]
 HALF = (torch.bfloat16, torch.float16)
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def empty(*shape: int, dtype: Any = torch.float32) -> Any:
     """An empty tensor on meta."""
     return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def round_up(size: int, step: int) -> int:
-    """The next multiple of `step`."""
-    return -(-size // step) * step
 
 
 def like_layout(tensor: Any, shape: tuple[int, ...]) -> Any:
@@ -95,38 +91,19 @@ class FusedAttention(torch.autograd.Function):  # type: ignore[misc]
 def kernel_for(
     q: Any, k: Any, v: Any, mask: Any, gqa: bool, gpu: Generation = HOPPER, dropout: float = 0.0
 ) -> Kernel | None:
-    """The kernel that PyTorch picks, None for the math path.
-
-    A mask that needs a gradient and heads that differ without `enable_gqa` leave only math. Half precision without a
-    mask takes cuDNN where it stands first (heads of up to 128), else flash (up to 256); the rest is efficient, where it
-    takes the dtype and the head size.
-    """
+    """The kernel that PyTorch picks, None for the math path: also for a mask that needs a gradient."""
     if q.dim() != 4 or (mask is not None and mask.requires_grad):
         return None
-    half = q.dtype in HALF
-    if q.dtype == torch.bfloat16 and not gpu.bf16:
-        return None
-    grouped = not q.shape[1] == k.shape[1] == v.shape[1]
-    if grouped and not (gqa and half and mask is None and gpu.flash):
-        return None
-    d = q.shape[-1]
-    if half and mask is None and d == v.shape[-1] and d <= 256:
-        if gpu.cudnn_first and d <= 128 and d % 8 == 0:
-            return "cudnn"
-        if gpu.flash and (not gpu.narrow_backward or _trains_narrow(q, k, v, dropout)):
-            return "flash"
-        if grouped:
-            return None
-    alignment = gpu.alignment[0 if half else 1]
-    return None if d % alignment or v.shape[-1] % alignment else "efficient"
-
-
-def _trains_narrow(q: Any, k: Any, v: Any, dropout: float) -> bool:
-    """Whether flash attention runs where its backward has less shared memory than it wants: its own condition."""
-    if not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
-        return True
-    d = q.shape[-1]
-    return d <= 192 or (d > 224 and not dropout)
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    return attention_kernel(
+        NAMES.get(q.dtype, "fp32"),
+        (q.shape[1], k.shape[1], v.shape[1]),
+        (q.shape[-1], v.shape[-1]),
+        gpu,
+        masked=mask is not None,
+        gqa=gqa,
+        narrow=not trains or flash_backward_fits(q.shape[-1], dropout),
+    )
 
 
 _sdpa = F.scaled_dot_product_attention

@@ -9,11 +9,9 @@ from unittest.mock import patch
 import torch
 
 from hfvram.errors import HfvramError
+from hfvram.memory import bitsandbytes
+from hfvram.memory.bitsandbytes import PAGED_STATE, SMALL_STATE, STATE_BLOCK
 from hfvram.memory.exact.labels import states_of
-
-BLOCK = 256
-SMALL = 4096
-PAGED = 100_000
 
 
 class BitsAndBytes:
@@ -34,21 +32,21 @@ class BitsAndBytes:
 
     def step(self) -> None:
         if not self.maps and self.bits == 8:
-            self.maps = {f"quantization map {i + 1}": _fp32(BLOCK) for i in range(2)}
+            self.maps = {f"quantization map {i + 1}": _fp32(STATE_BLOCK) for i in range(2)}
         for p in self.parameters:
             if p.grad is not None and p not in self.state:
                 self.state[p] = dict(self._states(p))
 
     def _states(self, p: Any) -> Iterator[tuple[str, Any]]:
-        quantized = self.bits == 8 and p.numel() >= SMALL
+        quantized = self.bits == 8 and p.numel() >= SMALL_STATE
         for i in range(self.states):
-            if self.paged and p.numel() >= PAGED:
+            if self.paged and p.numel() >= PAGED_STATE:
                 self.managed_bytes += p.numel() * (1 if quantized else 4)
             else:
                 dtype = torch.uint8 if quantized else torch.float32
                 yield f"state {i + 1}", torch.zeros(p.shape, dtype=dtype, device=p.device)
         for i in range(self.states if quantized else 0):
-            yield f"scales of state {i + 1}", _fp32(-(-p.numel() // BLOCK))
+            yield f"scales of state {i + 1}", _fp32(-(-p.numel() // STATE_BLOCK))
 
 
 class LowRank:
@@ -162,22 +160,7 @@ OPTIMIZERS: dict[str, Callable[[list[Any], list[bool]], Any]] = {
     "adagrad": _torch("Adagrad", foreach=True),
     "rmsprop": _torch("RMSprop", foreach=True),
     "adafactor": _adafactor,
-    "adamw_8bit": _bnb(2),
-    "adamw_bnb_8bit": _bnb(2),
-    "paged_adamw_8bit": _bnb(2, paged=True),
-    "paged_adamw_32bit": _bnb(2, 32, paged=True),
-    "ademamix": _bnb(3, 32),
-    "ademamix_8bit": _bnb(3),
-    "paged_ademamix_32bit": _bnb(3, 32, paged=True),
-    "paged_ademamix_8bit": _bnb(3, paged=True),
-    "lion": _bnb(1, 32),
-    "lion_32bit": _bnb(1, 32),
-    "lion_8bit": _bnb(1),
-    "paged_lion_32bit": _bnb(1, 32, paged=True),
-    "paged_lion_8bit": _bnb(1, paged=True),
-    "rmsprop_bnb": _bnb(1, 32),
-    "rmsprop_bnb_32bit": _bnb(1, 32),
-    "rmsprop_bnb_8bit": _bnb(1),
+    **{name: _bnb(*made) for name, made in bitsandbytes.OPTIMIZERS.items()},
     "galore_adamw": _low_rank(128, svd=True),
     "apollo_adamw": _low_rank(256, svd=False),
     "muon": _muon,

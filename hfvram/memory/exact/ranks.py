@@ -15,9 +15,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hfvram.errors import HfvramError
+from hfvram.memory.bitsandbytes import ON_LOADING
 from hfvram.memory.exact.build import in_order
 from hfvram.memory.exact.labels import name_tensors
-from hfvram.memory.exact.quantized import ON_LOADING, method
+from hfvram.memory.exact.quantized import method
 from hfvram.memory.exact.run import Run
 from hfvram.request import Request
 

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hfvram.memory.cuda_kernels import CUBLAS, CUBLASLT, CUBLASLT_BYTES
 from hfvram.memory.exact.answers import ANSWERS
 from hfvram.memory.exact.data_dependent import NOTES, forget, scalar
 from hfvram.memory.exact.meta_kernels import MetaKernels
-from hfvram.memory.exact.scratch import CUBLAS, CUBLASLT, CUBLASLT_BYTES, MATRIX_PRODUCTS, scratch_bytes
+from hfvram.memory.exact.scratch import MATRIX_PRODUCTS, scratch_bytes
 from hfvram.memory.generation import HOPPER
 from hfvram.memory.timeline import Category, Tag, Timeline, starred
 

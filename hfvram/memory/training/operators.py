@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 from math import prod
 
+from hfvram.memory.cuda_kernels import embedding_scratch_bytes
 from hfvram.memory.timeline import Tag
 from hfvram.memory.training.tape import Node, Saved, Tape, promoted
 from hfvram.memory.training.tensors import Shape, Tensor, contiguous, is_contiguous, preserved, viewed
@@ -532,21 +533,6 @@ def _embedded(shape: Shape, t: Tape, saved: Saved, grads: Grads) -> Found:
     if scratch := embedding_scratch_bytes(ids.numel, shape[1], shape[0]):
         t.moment(*scratch)
     return (out,)
-
-
-def embedding_scratch_bytes(tokens: int, width: int, rows: int) -> tuple[int, ...]:
-    """An embedding's backward sorts its tokens where they are more than 3,072, and sums runs of ten in fp32.
-
-    Source: PyTorch 2.11, native/cuda/Embedding.cu and EmbeddingBackwardKernel.cu.
-
-    >>> embedding_scratch_bytes(3072, 2048, 32000), embedding_scratch_bytes(4096, 8, 32000)[-1]
-    ((), 144160)
-    """
-    if tokens <= 3072:
-        return ()
-    segments = min(tokens, rows)
-    runs = tokens // 10 + segments
-    return (tokens * 8, tokens * 8, tokens * 8, segments * 8, segments * 8, runs * 8, runs * width * 4)
 
 
 def layer_norm(t: Tape, x: Tensor, weight: Tensor | None, bias: Tensor | None, tag: Tag | None = None) -> Tensor:

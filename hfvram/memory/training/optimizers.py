@@ -8,6 +8,8 @@ FusedAdamWKernel.cu; transformers 5.17, optimization.py `Adafactor`; bitsandbyte
 from collections.abc import Callable, Iterator
 from typing import Final
 
+from hfvram.memory import bitsandbytes
+from hfvram.memory.bitsandbytes import PAGED_STATE, SMALL_STATE, STATE_BLOCK
 from hfvram.memory.timeline import Tag
 from hfvram.memory.training.blocks import unknown
 from hfvram.memory.training.states import Leaf
@@ -27,9 +29,6 @@ SCALES = Tag("optimizer states: block scales", "optimizer", "", BNB, "exact")
 BASIS = Tag("optimizer states: projection", "optimizer", "", "galore_torch 1.0; apollo_torch 1.0", "derived")
 TEMPORARY = Tag("temporaries of the optimizer step", "optimizer", "", ADAMW)
 
-BLOCK: Final = 256
-SMALL: Final = 4096
-PAGED: Final = 100_000
 
 Kept = dict[Leaf, list[Tensor]]
 Step = Callable[[Tape, list[Leaf], Kept], None]
@@ -187,13 +186,13 @@ def _bitsandbytes(states: int, bits: int = 8, paged: bool = False) -> Step:
     def step(t: Tape, leaves: list[Leaf], kept: Kept) -> None:
         if kept:
             return
-        maps = [t.new((BLOCK,), "fp32", None, SCALES) for _ in range(2)] if bits == 8 else []
+        maps = [t.new((STATE_BLOCK,), "fp32", None, SCALES) for _ in range(2)] if bits == 8 else []
         for leaf in in_layers(t, leaves):
             n, shape = leaf.tensor.numel, leaf.tensor.shape
-            quantized = bits == 8 and n >= SMALL
-            own = [] if paged and n >= PAGED else [("uint8", BLOCKWISE) if quantized else ("fp32", WIDE)] * states
+            quantized = bits == 8 and n >= SMALL_STATE
+            own = [] if paged and n >= PAGED_STATE else [("uint8", BLOCKWISE) if quantized else ("fp32", WIDE)] * states
             made = [t.new(shape, dtype, None, tag) for dtype, tag in own]
-            made += [t.new((-(-n // BLOCK),), "fp32", None, SCALES) for _ in range(states if quantized else 0)]
+            made += [t.new((-(-n // STATE_BLOCK),), "fp32", None, SCALES) for _ in range(states if quantized else 0)]
             kept[leaf] = made
         if leaves:
             kept[leaves[0]] += maps
@@ -283,22 +282,7 @@ STEPS: Final[dict[str, Step]] = {
     "adagrad": _adagrad,
     "rmsprop": _rmsprop,
     "adafactor": _adafactor,
-    "adamw_8bit": _bitsandbytes(2),
-    "adamw_bnb_8bit": _bitsandbytes(2),
-    "paged_adamw_8bit": _bitsandbytes(2, paged=True),
-    "paged_adamw_32bit": _bitsandbytes(2, 32, paged=True),
-    "ademamix": _bitsandbytes(3, 32),
-    "ademamix_8bit": _bitsandbytes(3),
-    "paged_ademamix_32bit": _bitsandbytes(3, 32, paged=True),
-    "paged_ademamix_8bit": _bitsandbytes(3, paged=True),
-    "lion": _bitsandbytes(1, 32),
-    "lion_32bit": _bitsandbytes(1, 32),
-    "lion_8bit": _bitsandbytes(1),
-    "paged_lion_32bit": _bitsandbytes(1, 32, paged=True),
-    "paged_lion_8bit": _bitsandbytes(1, paged=True),
-    "rmsprop_bnb": _bitsandbytes(1, 32),
-    "rmsprop_bnb_32bit": _bitsandbytes(1, 32),
-    "rmsprop_bnb_8bit": _bitsandbytes(1),
+    **{name: _bitsandbytes(*made) for name, made in bitsandbytes.OPTIMIZERS.items()},
     "galore_adamw": _low_rank(128, svd=True),
     "apollo_adamw": _low_rank(256, svd=False),
     "muon": _muon,
@@ -308,7 +292,7 @@ STEPS: Final[dict[str, Step]] = {
 
 def managed_bytes(name: str, numel: int) -> int:
     """What a paged optimizer keeps of one parameter in managed memory, which PyTorch's allocator does not serve."""
-    if not name.startswith("paged_") or numel < PAGED:
+    if not name.startswith("paged_") or numel < PAGED_STATE:
         return 0
     states = 3 if "ademamix" in name else 1 if "lion" in name else 2
     return states * numel * (1 if name.endswith("8bit") else 4)

@@ -1,13 +1,13 @@
 """`scaled_dot_product_attention` as CUDA runs it: which kernel, what it keeps, and what its gradient makes.
 
 Source: PyTorch 2.11, transformers/cuda/sdp_utils.cpp, attention.cpp, attention_backward.cu, cudnn/MHA.cpp; measured
-on an H100 (fixtures/measured). The rules are those of the exact engine (`memory/exact/kernels.py`).
+on an H100 (fixtures/measured). `memory/exact/kernels.py` does the same to the models' own code.
 """
 
 from functools import partial
 from math import prod
-from typing import Literal
 
+from hfvram.memory.cuda_kernels import Kernel, attention_kernel, flash_backward_fits, round_up
 from hfvram.memory.timeline import Tag
 from hfvram.memory.training.operators import (
     Found,
@@ -33,12 +33,6 @@ from hfvram.memory.training.tensors import Shape, Tensor, contiguous
 LOG_SUM = Tag("attention, log-sum-exp", "activations", "b·a·s·4", "PyTorch 2.11: transformers/cuda/attention.cu")
 SEED = Tag("attention, dropout's seed", "activations", "8", "PyTorch 2.11: transformers/cuda/attention.cu")
 BIAS = Tag("attention mask as a bias", "activations", "b·s·t·e", "PyTorch 2.11: transformers/attention.cpp")
-Kernel = Literal["cudnn", "flash", "efficient"]
-
-
-def round_up(size: int, step: int) -> int:
-    """The next multiple of `step`."""
-    return -(-size // step) * step
 
 
 def attention(
@@ -70,28 +64,18 @@ def attention(
 
 
 def kernel_for(t: Tape, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, gqa: bool, p: float) -> Kernel | None:
-    """The kernel that PyTorch picks, None for the math path.
-
-    A bias that needs a gradient and heads that differ without `gqa` leave only math. Half precision without a mask
-    takes cuDNN where it stands first (heads of up to 128), else flash (up to 256); the rest is efficient, where that
-    takes the dtype and the head size.
-    """
-    gpu, half = t.gpu, q.half
-    if (bias is not None and bias.node is not None) or (q.dtype == "bf16" and not gpu.bf16):
+    """The kernel that PyTorch picks, None for the math path: also for a bias that needs a gradient."""
+    if bias is not None and bias.node is not None:
         return None
-    grouped = not q.shape[1] == k.shape[1] == v.shape[1]
-    if grouped and not (gqa and half and bias is None and gpu.flash):
-        return None
-    d, dv = q.shape[-1], v.shape[-1]
-    if half and bias is None and d == dv <= 256:
-        if gpu.cudnn_first and d <= 128 and d % 8 == 0:
-            return "cudnn"
-        if gpu.flash and (not gpu.narrow_backward or d <= 192 or (d > 224 and not p)):
-            return "flash"
-        if grouped:
-            return None
-    alignment = gpu.alignment[0 if half else 1]
-    return None if d % alignment or dv % alignment else "efficient"
+    return attention_kernel(
+        q.dtype,
+        (q.shape[1], k.shape[1], v.shape[1]),
+        (q.shape[-1], v.shape[-1]),
+        t.gpu,
+        masked=bias is not None,
+        gqa=gqa,
+        narrow=flash_backward_fits(q.shape[-1], p),
+    )
 
 
 def _padded(t: Tape, x: Tensor) -> Tensor:

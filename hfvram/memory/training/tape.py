@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
 from typing import Any, Final
 
-from hfvram.memory.generation import CUBLAS_SOURCE, HOPPER, Generation
+from hfvram.memory.cuda_kernels import CUBLAS, CUBLASLT, CUBLASLT_BYTES
+from hfvram.memory.generation import HOPPER, Generation
 from hfvram.memory.timeline import Tag, Timeline
 from hfvram.memory.training.tensors import (
     FLOATING,
@@ -26,9 +27,6 @@ from hfvram.memory.training.tensors import (
 )
 
 ENGINE = "PyTorch 2.11: torch/csrc/autograd/engine.cpp"
-CUBLAS = Tag("cuBLAS workspace", "workspace", "one for each thread that multiplies", CUBLAS_SOURCE)
-CUBLASLT = Tag("cuBLASLt workspace", "workspace", "1 MiB, one a thread", "PyTorch 2.11: CUDABlas.cpp")
-CUBLASLT_BYTES: Final = 1 << 20
 GRADIENTS = Tag("gradients", "gradients", "P·e", "PyTorch 2.11: functions/accumulate_grad.h", "exact")
 FLOWING = Tag("gradients of activations", "activations", "", ENGINE)
 OTHER = Tag("other activations", "activations", "", "PyTorch 2.11: ATen")
