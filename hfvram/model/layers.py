@@ -94,6 +94,8 @@ class Attention:
     output_gate: bool = False
     """The queries' projection is doubled: its second half gates the output (Qwen3-Next)."""
     sinks: bool = False
+    clips: bool = False
+    """What is projected is clipped (`clip_qkv`)."""
     groups: Literal["gqa", "broadcast", "expanded"] = "gqa"
     """How grouped keys and values reach the kernel: as groups, which it may know; broadcast, which only the math path
     takes (Falcon-7B); or expanded to every head before they are cached (Falcon-40B)."""

@@ -5,7 +5,7 @@
 - `tape`: `Tape.new` allocates; `record` and `keep` leave a node with what it saves; `backward` runs the graph as
   PyTorch's engine does; `checkpoint` runs a stretch that is computed again.
 - `operators`, `scaled_dot_product`: PyTorch's operators, each with its gradient.
-- `blocks`, `attention`, `feed_forward`, `decoder`: layers and models, in the words of their code.
+- `blocks`, `rotary`, `attention`, `feed_forward`, `decoder`: layers and models, in the words of their code.
 - `states`, `step`: parameters as leaves, clipping, optimizers. `stretch`: repeated layers are written five times.
 - `train`: two steps; `timeline(architecture, request)` is the entrance.
 

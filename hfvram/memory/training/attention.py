@@ -3,11 +3,10 @@
 Source: transformers 5.17, models/llama/modeling_llama.py, integrations/sdpa_attention.py.
 """
 
-from typing import Final
-
 from hfvram.memory.timeline import Tag
 from hfvram.memory.training import operators as op
-from hfvram.memory.training.blocks import DROPPED, LLAMA, normalize, rotate, rotate_joined, rotate_wide, unknown
+from hfvram.memory.training.blocks import DROPPED, LLAMA, ROTARY, normalize, unknown
+from hfvram.memory.training.rotary import ROTATE, far, rotate
 from hfvram.memory.training.scaled_dot_product import attention as scaled_dot_product
 from hfvram.memory.training.states import Weights
 from hfvram.memory.training.surroundings import Surroundings
@@ -34,9 +33,10 @@ def attention(t: Tape, part: Attention, w: Weights, x: Tensor, around: Surroundi
     """Self-attention of one layer over its normed input (b, s, h)."""
     if part.output_gate or part.sinks or part.relative_bias or part.position_bias or part.groups != "gqa":
         raise unknown(f"attention of {around.class_name}")
-    whole = part.rotary is None or part.rotary.dim == part.head_dim or around.kind.rotates == "joined"
-    if part.rotary and (part.rotary.sliced or part.rotary.style != "half" or not whole):
-        raise unknown(f"rotary positions of {around.class_name}")
+    kind = around.kind
+    if part.clips and kind.projects != "first":
+        raise unknown(f"clipped projections of {around.class_name}")
+    _check_rotary(part, around)
     b, s, _ = x.shape
     d, dv = part.head_dim, part.value_dim
     if part.fused_qkv:
@@ -47,32 +47,87 @@ def attention(t: Tape, part: Attention, w: Weights, x: Tensor, around: Surroundi
         q = op.transpose(t, op.reshape(t, q, b, s, -1, d), 1, 2)
         k = op.transpose(t, op.reshape(t, k, b, s, -1, d), 1, 2)
         v = op.transpose(t, op.reshape(t, v, b, s, -1, dv), 1, 2)
-    elif part.qk_norm == "head":
+    elif part.qk_norm == "head" and kind.qk == "as projected":
         q = op.reshape(t, w.linear(t, x, QUERY), b, s, -1, d)
         q = op.transpose(t, normalize(t, q, w.norm(), "rms", around.kind.norm), 1, 2)
         k = op.reshape(t, w.linear(t, x, KEY_VALUE), b, s, -1, d)
         k = op.transpose(t, normalize(t, k, w.norm(), "rms", around.kind.norm), 1, 2)
         v = op.transpose(t, op.reshape(t, w.linear(t, x, KEY_VALUE), b, s, -1, dv), 1, 2)
-    elif part.qk_norm:
+    elif part.qk_norm and kind.qk == "as heads":
+        q = op.reshape(t, w.linear(t, x, QUERY), b, s, -1, d)
+        k = op.reshape(t, w.linear(t, x, KEY_VALUE), b, s, -1, d)
+        v = op.reshape(t, w.linear(t, x, KEY_VALUE), b, s, -1, dv)
+        q = normalize(t, q, w.norm(), kind.qk_norm, kind.norm)
+        k = normalize(t, k, w.norm(), kind.qk_norm, kind.norm)
+        q, k, v = op.transpose(t, q, 1, 2), op.transpose(t, k, 1, 2), op.transpose(t, v, 1, 2)
+    elif part.qk_norm == "full":
         q = normalize(t, w.linear(t, x, QUERY), w.norm(), "rms", around.kind.norm)
         k = normalize(t, w.linear(t, x, KEY_VALUE), w.norm(), "rms", around.kind.norm)
         v = w.linear(t, x, KEY_VALUE)
         q = op.transpose(t, op.reshape(t, q, b, s, -1, d), 1, 2)
         k = op.transpose(t, op.reshape(t, k, b, s, -1, d), 1, 2)
         v = op.transpose(t, op.reshape(t, v, b, s, -1, dv), 1, 2)
+    elif kind.projects == "first" or kind.qk == "as heads":
+        as_heads = kind.qk == "as heads"
+        q = w.linear(t, x, QUERY)
+        q = op.reshape(t, q, b, s, -1, d) if as_heads else q
+        k = w.linear(t, x, KEY_VALUE)
+        k = op.reshape(t, k, b, s, -1, d) if as_heads else k
+        v = w.linear(t, x, KEY_VALUE)
+        v = op.reshape(t, v, b, s, -1, dv) if as_heads else v
+        if part.clips:
+            q, k, v = op.clip(t, q, QUERY), op.clip(t, k, KEY_VALUE), op.clip(t, v, KEY_VALUE)
+        q = op.transpose(t, q if as_heads else op.reshape(t, q, b, s, -1, d), 1, 2)
+        k = op.transpose(t, k if as_heads else op.reshape(t, k, b, s, -1, d), 1, 2)
+        v = op.transpose(t, v if as_heads else op.reshape(t, v, b, s, -1, dv), 1, 2)
     else:
         q = op.transpose(t, op.reshape(t, w.linear(t, x, QUERY), b, s, -1, d), 1, 2)
         k = op.transpose(t, op.reshape(t, w.linear(t, x, KEY_VALUE), b, s, -1, d), 1, 2)
         v = op.transpose(t, op.reshape(t, w.linear(t, x, KEY_VALUE), b, s, -1, dv), 1, 2)
-    if part.rotary:
-        q, k = ROTATE[around.kind.rotates](t, q, k, *around.angles(part))
+    if part.qk_norm and kind.qk == "all projected":
+        q = _norm_heads(t, q, w, around)
+        k = _norm_heads(t, k, w, around)
+    if part.rotary and part.rotary.sliced:
+        size, rest = part.rotary.dim, d - part.rotary.dim
+        q_rot, q_pass = op.narrow(t, q, 3, size), op.narrow(t, q, 3, rest)
+        k_rot, k_pass = op.narrow(t, k, 3, size), op.narrow(t, k, 3, rest)
+        q_rot, k_rot = rotate(t, q_rot, k_rot, *around.angles(part))
+        q = op.cat(t, (q_rot, q_pass), -1, ROTARY)
+        k = op.cat(t, (k_rot, k_pass), -1, ROTARY)
+    elif part.rotary:
+        q, k = ROTATE[kind.rotates](t, q, k, *around.angles(part))
+    if part.qk_norm and kind.qk == "rotated":
+        q = _norm_heads(t, q, w, around)
+        k = _norm_heads(t, k, w, around)
+    if kind.far:
+        q = far(t, q)
     out, weights = attend(t, part, q, k, v, around)
     out = op.dense(t, op.reshape(t, out, b, s, -1, tag=OUT), OUT)
     out = w.linear(t, out, PROJECTED)
-    return op.dropout(t, out, around.dropout.residual if around.kind.drops_inside else 0, DROPPED), weights
+    return op.dropout(t, out, around.dropout.residual if kind.drops_inside else 0, DROPPED), weights
 
 
-ROTATE: Final = {"whole": rotate, "joined": rotate_joined, "fp32": rotate_wide}
+def _check_rotary(part: Attention, around: Surroundings) -> None:
+    """Raises `usage` where the positions are not those of the code that `Kind.rotates` names."""
+    if (rotary := part.rotary) is None:
+        return
+    rotates = around.kind.rotates
+    neighbours = "interleaved" if rotates.startswith("neighbours") else "half"
+    whole = rotary.dim == part.head_dim or rotary.sliced or rotates == "joined" or "part" in rotates
+    if rotary.style != neighbours or not whole:
+        raise unknown(f"rotary positions of {around.class_name}")
+
+
+def _norm_heads(t: Tape, x: Tensor, w: Weights, around: Surroundings) -> Tensor:
+    """The norm of each head of (b, heads, s, d): one for all, or (StableLM) a LayerNorm for each."""
+    kind = around.kind
+    weights = w.norm(2 if kind.qk_norm == "layer" and kind.qk_bias else 1) if w.norms else ()
+    if kind.qk_norm == "layer" and not kind.qk_bias:
+        heads = op.split(t, x, 1, *[1] * x.shape[1])
+        normed = [normalize(t, heads[0], weights, "layer")]
+        normed += [normalize(t, head, w.norm(), "layer") for head in heads[1:]]
+        return op.cat(t, normed, 1, QUERY)
+    return normalize(t, x, weights, kind.qk_norm, kind.norm)
 
 
 def attend(t: Tape, part: Attention, q: Tensor, k: Tensor, v: Tensor, around: Surroundings) -> Attended:

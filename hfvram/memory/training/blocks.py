@@ -1,4 +1,4 @@
-"""The small pieces of a layer with gradients, as transformers writes them: norms, rotary positions, activations.
+"""The small pieces of a layer with gradients, as transformers writes them: norms, activations.
 
 Source: transformers 5.17, models/llama/modeling_llama.py, models/gemma/modeling_gemma.py, activations.py.
 """
@@ -23,21 +23,33 @@ ACTIVATION = Tag("feed-forward, activation function", "activations", "b·s·f·e
 DROPPED = Tag("dropout before the residual", "activations", "b·s·h·e", "PyTorch 2.11: native/cuda/Dropout.cu")
 
 NormKind = Literal["rms", "layer"]
-NormCode = Literal["weight last", "weight in fp32", "plus one"]
-"""An RMSNorm's weight: after the cast back (Llama), before it (OLMo-2), or in fp32 with one added (Gemma)."""
+NormCode = Literal["weight last", "weight in fp32", "weight cast", "plus one", "no weight", "wide"]
+"""A norm's weight: after the cast back (Llama), before it (OLMo-2), cast to fp32 itself (Helium, Cohere), or with one
+added (in fp32 in Gemma's RMSNorm, in its own dtype in Nemotron's LayerNorm). A LayerNorm is one kernel (`weight last`),
+one in fp32 (`wide`, OLMo), or written out (`weight cast`)."""
 
 
 def normalize(
     t: Tape, x: Tensor, weights: tuple[Tensor, ...], kind: NormKind, code: NormCode = "weight last"
 ) -> Tensor:
     """The norm of a layer: its weight and, for LayerNorm, its bias."""
+    if kind == "layer" and code == "wide":
+        return op.to(t, op.layer_norm(t, op.to(t, x, "fp32", NORM), None, None, NORM), x.dtype, NORMED)
+    if kind == "layer" and code == "weight cast":
+        return _written_out(t, x, weights[0])
+    if kind == "layer" and code == "plus one":
+        return _layer_norm_plus_one(t, x, *weights)
     if kind == "layer":
         return op.layer_norm(t, x, weights[0], weights[1] if len(weights) > 1 else None, NORMED)
     weight = weights[0] if weights else None
+    if code == "no weight":
+        return op.to(t, _normed(t, op.to(t, x, "fp32", NORM)), x.dtype, NORMED)
     if code == "plus one":
         return _gemma_norm(t, x, weights[0])
     if code == "weight in fp32":
         return _fp32_norm(t, x, weights[0])
+    if code == "weight cast":
+        return _cast_norm(t, x, weights[0])
     return rms_norm(t, x, weight)
 
 
@@ -61,6 +73,38 @@ def _fp32_norm(t: Tape, x: Tensor, weight: Tensor) -> Tensor:
     return op.to(t, op.mul(t, weight, x, NORM), dtype, NORMED)
 
 
+def _cast_norm(t: Tape, x: Tensor, weight: Tensor) -> Tensor:
+    """Weighted in fp32 by a weight that is cast, then cast back."""
+    dtype = x.dtype
+    x = op.to(t, x, "fp32", NORM)
+    variance = op.mean(t, op.power(t, x, NORM), VARIANCE)
+    x = op.mul(t, x, op.rsqrt(t, op.shift(t, variance, VARIANCE), VARIANCE), NORM)
+    return op.to(t, op.mul(t, op.to(t, weight, "fp32", NORM), x, NORM), dtype, NORMED)
+
+
+def _written_out(t: Tape, x: Tensor, weight: Tensor) -> Tensor:
+    """LayerNorm without a bias, in fp32, written out."""
+    dtype = x.dtype
+    x = op.to(t, x, "fp32", NORM)
+    mean = op.mean(t, x, VARIANCE)
+    variance = op.mean(t, op.power(t, op.subtract(t, x, mean, NORM), NORM), VARIANCE)
+    x = op.mul(t, op.subtract(t, x, mean, NORM), op.rsqrt(t, op.shift(t, variance, VARIANCE), VARIANCE), NORM)
+    x = op.mul(t, op.to(t, weight, "fp32", NORM), x, NORM)
+    return op.to(t, x, dtype, NORMED)
+
+
+def _layer_norm_plus_one(t: Tape, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """LayerNorm whose weight has one added; under autocast all of it in its dtype."""
+    weight = op.shift(t, weight, NORM)
+    if t.autocast is None:
+        return op.layer_norm(t, x, weight, bias, NORMED)
+    low, t.autocast = t.autocast, None
+    x, weight, bias = op.to(t, x, low, NORM), op.to(t, weight, low, NORM), op.to(t, bias, low, NORM)
+    out = op.layer_norm(t, x, weight, bias, NORMED)
+    t.autocast = low
+    return out
+
+
 def _gemma_norm(t: Tape, x: Tensor, weight: Tensor) -> Tensor:
     """The whole norm in fp32, its weight with one added in fp32, too."""
     out = _normed(t, op.to(t, x, "fp32", NORM))
@@ -70,57 +114,6 @@ def _gemma_norm(t: Tape, x: Tensor, weight: Tensor) -> Tensor:
 
 def _normed(t: Tape, x: Tensor) -> Tensor:
     return op.mul(t, x, op.rsqrt(t, op.shift(t, op.mean(t, op.power(t, x, NORM), VARIANCE), VARIANCE), VARIANCE), NORM)
-
-
-def rotate_half(t: Tape, x: Tensor) -> Tensor:
-    """(−x₂, x₁) of the halves of the last dimension."""
-    size = x.shape[-1]
-    x1 = op.narrow(t, x, 3, size // 2)
-    x2 = op.narrow(t, x, 3, size - size // 2)
-    return op.cat(t, (op.negative(t, x2, ROTARY), x1), -1, ROTARY)
-
-
-def rotate(t: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys of (b, heads, s, d), rotated."""
-    q_embed = op.add(t, op.mul(t, q, cos, ROTARY), op.mul(t, rotate_half(t, q), sin, ROTARY), ROTARY)
-    k_embed = op.add(t, op.mul(t, k, cos, ROTARY), op.mul(t, rotate_half(t, k), sin, ROTARY), ROTARY)
-    return q_embed, k_embed
-
-
-def rotate_wide(t: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys, rotated in the angles' fp32 and cast back."""
-    q_type, k_type = q.dtype, k.dtype
-    q_embed, k_embed = rotate(t, q, k, cos, sin)
-    return op.to(t, q_embed, q_type, ROTARY), op.to(t, k_embed, k_type, ROTARY)
-
-
-def rotate_part(t: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys of which the first elements of each head are rotated, and joined with the rest by a copy."""
-    size, rest = cos.shape[-1], q.shape[-1] - cos.shape[-1]
-    q_rot, q_pass = op.narrow(t, q, 3, size), op.narrow(t, q, 3, rest)
-    k_rot, k_pass = op.narrow(t, k, 3, size), op.narrow(t, k, 3, rest)
-    q_embed = op.add(t, op.mul(t, q_rot, cos, ROTARY), op.mul(t, rotate_half(t, q_rot), sin, ROTARY), ROTARY)
-    k_embed = op.add(t, op.mul(t, k_rot, cos, ROTARY), op.mul(t, rotate_half(t, k_rot), sin, ROTARY), ROTARY)
-    q_embed = op.cat(t, (q_embed, q_pass), -1, ROTARY)
-    k_embed = op.cat(t, (k_embed, k_pass), -1, ROTARY)
-    return q_embed, k_embed
-
-
-def rotate_joined(t: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """As `rotate_part`, each joined at once."""
-    size, rest = cos.shape[-1], q.shape[-1] - cos.shape[-1]
-    q_rot, q_pass = op.narrow(t, q, 3, size), op.narrow(t, q, 3, rest)
-    k_rot, k_pass = op.narrow(t, k, 3, size), op.narrow(t, k, 3, rest)
-    return _join(t, q_rot, q_pass, cos, sin), _join(t, k_rot, k_pass, cos, sin)
-
-
-def _join(t: Tape, rotated: Tensor, passed: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return op.cat(
-        t,
-        (op.add(t, op.mul(t, rotated, cos, ROTARY), op.mul(t, rotate_half(t, rotated), sin, ROTARY), ROTARY), passed),
-        -1,
-        ROTARY,
-    )
 
 
 OF_INPUT: Final = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "mish", "gelu_10")

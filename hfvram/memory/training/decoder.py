@@ -42,7 +42,8 @@ def forward(
     table = states.head[0].tensor if states.head else states.before[0].tensor
     bias = states.head[1].tensor if len(states.head) > 1 else None
     logits = op.linear(t, hidden, table, bias, LOGITS)
-    if kind_of(architecture).multiplied:
+    kind = kind_of(architecture)
+    if kind.multiplied or kind.scaled_logits:
         logits = op.scale(t, logits, LOGITS)
     if architecture.logits_softcap:
         logits = op.scale(t, logits, LOGITS)
@@ -77,6 +78,8 @@ def decode(
         hidden = op.add(t, embedded, learned, EMBEDDED)
     if kind.embedding != "late positions":
         surround(t, [layer for layer, _ in layers], around, ids, embedded.dtype)
+    if kind.embedding == "late norm":
+        hidden = normalize(t, hidden, (), architecture.text.layers[0].norm, kind.norm)
     hidden = op.dropout(t, hidden, around.dropout.embedding, EMBEDDED)
     for (layer, segment), blocks in zip(layers, states.layers, strict=True):
         if segment != t.segment:
@@ -95,6 +98,7 @@ def decode(
 
 
 def _checkpointed(t: Tape, layer: Layer, blocks: Blocks, hidden: Tensor, around: Surroundings) -> Tensor:
+    around = around.of(layer)
     return t.checkpoint(lambda: LAYERS[around.kind.layer](t, layer, blocks, hidden, around))
 
 
@@ -129,6 +133,31 @@ def run_layer(t: Tape, layer: Layer, blocks: Blocks, hidden: Tensor, around: Sur
     return _joined(t, residual, hidden, p, around)
 
 
+def one_norm(t: Tape, layer: Layer, blocks: Blocks, hidden: Tensor, around: Surroundings) -> Tensor:
+    """Attention and feed-forward over one norm (Phi, Cohere), or one after the other with all of it held (StableLM)."""
+    (mixer,), (leaves,) = layer.mixers, blocks.mixers
+    if not isinstance(mixer, Attention) or not isinstance(layer.feed_forward, FeedForward):
+        raise unknown(f"a layer of {around.class_name}")
+    own, code, p = Weights(blocks.own), around.kind.norm, layer.dropout.residual
+    size = len(blocks.own) // (1 if layer.parallel else 2)
+    feed, sums = Weights(blocks.feed_forward), around.kind.sums
+    residual = hidden
+    hidden = normalize(t, hidden, own.norm(size), layer.norm, code)
+    attended, _weights = attention(t, mixer, Weights(leaves), hidden, around)
+    if not layer.parallel:
+        residual = op.add(t, residual, attended, HIDDEN)
+        norm = own.norm(size)
+        fed = feed_forward(t, layer.feed_forward, feed, normalize(t, residual, norm, layer.norm, code))
+        fed = op.dropout(t, fed, p, DROPPED)
+        return op.add(t, residual, fed, HIDDEN)
+    if sums == "branches first":
+        attended = op.dropout(t, attended, p, DROPPED)
+    fed = op.dropout(t, feed_forward(t, layer.feed_forward, feed, hidden), p, DROPPED)
+    if sums == "branches first":
+        return op.add(t, op.add(t, attended, fed, HIDDEN), residual, HIDDEN)
+    return op.add(t, op.add(t, residual, attended, HIDDEN), fed, HIDDEN)
+
+
 def _joined(t: Tape, residual: Tensor, branch: Tensor, p: float, around: Surroundings) -> Tensor:
     """The residual and what a branch adds to it."""
     if around.kind.multiplied:
@@ -141,6 +170,7 @@ LAYERS: Final[dict[str, Callable[[Tape, Layer, Blocks, Tensor, Surroundings], Te
     "held output": gpt.held_output,
     "two branches": gpt.two_branches,
     "with alibi": gpt.with_alibi,
+    "one norm": one_norm,
 }
 
 

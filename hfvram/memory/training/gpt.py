@@ -6,8 +6,9 @@ Source: transformers 5.17, models/{gpt2, gpt_bigcode, gpt_neox, bloom}/modeling_
 from hfvram.memory.timeline import Tag
 from hfvram.memory.training import operators as op
 from hfvram.memory.training.attention import KEY_VALUE, OUT, PROJECTED, QUERY, SCORES, WIDE_SCORES, Attended, attend
-from hfvram.memory.training.blocks import ACTIVATION, DROPPED, HIDDEN, activate, normalize, rotate_part, unknown
+from hfvram.memory.training.blocks import ACTIVATION, DROPPED, HIDDEN, activate, normalize, unknown
 from hfvram.memory.training.feed_forward import DOWN, WIDE
+from hfvram.memory.training.rotary import rotate_part
 from hfvram.memory.training.states import Blocks, Weights
 from hfvram.memory.training.surroundings import Surroundings
 from hfvram.memory.training.tape import Tape

@@ -6,9 +6,23 @@ Only types that were held against their own code, event by event, stand here; an
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from hfvram.memory.training.blocks import NormCode, unknown
+from hfvram.memory.training.blocks import NormCode, NormKind, unknown
 from hfvram.model.architecture import Architecture
 
+Rotation = Literal[
+    "whole",
+    "back",
+    "joined",
+    "part",
+    "part, both",
+    "fp32",
+    "neighbours",
+    "neighbours, part",
+    "neighbours, cast",
+    "neighbours, fp32",
+]
+"""Rotary positions of halves: over whole heads (forward or back), over a part joined with the rest (each at once, one
+after the other, or both at the end), or in fp32 and cast back; and of neighbours, so as well."""
 NormOrder = Literal["last", "first", "between"]
 """Where a layer's norms stand among its parameters: after its parts, before them, or one before each."""
 
@@ -18,9 +32,13 @@ class Kind:
     """How a type's code differs from Llama's."""
 
     norm: NormCode = "weight last"
-    layer: Literal["residual", "held output", "two branches", "with alibi"] = "residual"
-    embedding: Literal["tokens", "positions", "late positions", "normed"] = "tokens"
-    """Learned positions are added, before the mask is made or after it; or the embeddings are normed."""
+    layer: Literal["residual", "held output", "two branches", "with alibi", "one norm"] = "residual"
+    sums: Literal["branches first", "residual first"] = "residual first"
+    """What a layer of two branches over one norm adds up first."""
+    embedding: Literal["tokens", "positions", "late positions", "normed", "late norm"] = "tokens"
+    """Learned positions are added, before the mask is made or after it; or the embeddings are normed, so as well."""
+    masks: Literal["used", "both"] = "used"
+    """Masks are made for the layers that there are, or for full attention and a window in any case."""
     interleaved: bool = False
     """Queries, keys and values of a head lie side by side."""
     counts: bool = True
@@ -34,10 +52,19 @@ class Kind:
     """The embeddings are multiplied by a number."""
     multiplied: bool = False
     """So are what joins the residual, and the logits."""
-    rotates: Literal["whole", "joined", "fp32"] = "whole"
-    """Rotary positions: over whole heads, over a part that is joined with the rest, or in fp32 and cast back."""
-    projects_first: bool = False
-    """Queries, keys and values are all projected before queries and keys are normed."""
+    scaled_logits: bool = False
+    rotates: Rotation = "whole"
+    angles: Literal["once", "by layer type"] = "once"
+    far: bool = False
+    """Queries of far positions are scaled."""
+    projects: Literal["heads", "first"] = "heads"
+    """Each projection is seen as heads at once, or all of them after the last."""
+    qk: Literal["as projected", "all projected", "as heads", "rotated"] = "as projected"
+    """When queries and keys are normed: each as it is projected, after all three are (their heads moved first, or
+    not), or once they are rotated."""
+    qk_norm: NormKind = "rms"
+    qk_bias: bool = False
+    """That norm has a bias and is one for all heads; else a LayerNorm is one for each."""
     drops_inside: bool = False
     """The attention itself drops what it returns."""
 
@@ -63,6 +90,31 @@ KINDS: Final[dict[str, Kind]] = {
     "bloom": Kind(norms="between", layer="with alibi", embedding="normed", counts=False),
     "gemma": _GEMMA,
     "gemma2": _GEMMA,
+    "gemma3_text": Kind(norm="plus one", scaled=True, masks="both", angles="by layer type", qk="all projected"),
+    "smollm3": _LLAMA,
+    "ministral": Kind(masks="both"),
+    "ministral3": Kind(far=True),
+    "hunyuan_v1_dense": Kind(qk="rotated"),
+    "nanochat": Kind(norm="no weight", rotates="back", qk="rotated", embedding="late norm"),
+    "olmo": Kind(norm="wide", rotates="fp32", projects="first"),
+    "olmo3": Kind(norm="weight in fp32", rotates="fp32", masks="both", angles="by layer type"),
+    "exaone4": Kind(qk="all projected"),
+    "helium": Kind(norm="weight cast", rotates="neighbours"),
+    "ernie4_5": Kind(rotates="neighbours, cast"),
+    "glm": Kind(rotates="neighbours, part"),
+    "glm4": Kind(rotates="neighbours, part"),
+    "nemotron": Kind(norm="plus one", rotates="part, both"),
+    "phi": Kind(layer="one norm", sums="branches first", qk="all projected", qk_norm="layer", qk_bias=True),
+    "stablelm": Kind(layer="one norm", projects="first", qk="all projected", qk_norm="layer"),
+    "cohere": Kind(
+        norm="weight cast",
+        layer="one norm",
+        rotates="neighbours, fp32",
+        qk="as heads",
+        qk_norm="layer",
+        scaled_logits=True,
+    ),
+    "cohere2": Kind(norm="weight cast", layer="one norm", masks="both", rotates="neighbours, fp32", scaled_logits=True),
 }
 
 

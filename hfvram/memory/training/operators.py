@@ -121,6 +121,13 @@ def _narrowed(shape: Shape, t: Tape, saved: Saved, grads: Grads) -> Found:
     return (t.new(shape, first(grads).dtype),)
 
 
+def every(t: Tape, x: Tensor, step: int) -> Tensor:
+    """Each `step`-th element of the last dimension; its gradient is as large as the whole."""
+    node = t.record(partial(_narrowed, x.shape), (x,))
+    shape, strides = (*x.shape[:-1], x.shape[-1] // step), (*x.strides[:-1], x.strides[-1] * step)
+    return attach(x.as_(shape, strides), node)
+
+
 def select(t: Tape, x: Tensor, dim: int) -> Tensor:
     """One place of a dimension, which goes; its gradient is as large as the whole."""
     node = t.record(partial(_narrowed, x.shape), (x,))
@@ -165,6 +172,17 @@ def cat(t: Tape, parts: Sequence[Tensor], dim: int, tag: Tag | None = None) -> T
 def _parted(dim: int, sizes: list[int], t: Tape, saved: Saved, grads: Grads) -> Found:
     grad = first(grads)
     return [grad.as_((*grad.shape[:dim], n, *grad.shape[dim + 1 :]), grad.strides) for n in sizes]
+
+
+def stack(t: Tape, parts: Sequence[Tensor], tag: Tag | None = None) -> Tensor:
+    """Join along a new last dimension, by a copy."""
+    node = t.record(partial(_unstacked, len(parts)), parts)
+    return attach(t.new((*parts[0].shape, len(parts)), promoted(*parts), None, tag), node)
+
+
+def _unstacked(count: int, t: Tape, saved: Saved, grads: Grads) -> Found:
+    grad = first(grads)
+    return [grad.as_(grad.shape[:-1], grad.strides[:-1]) for _ in range(count)]
 
 
 # -- element by element ----------------------------------------------------------------------------------------------
@@ -303,6 +321,23 @@ def _from_saved(t: Tape, saved: Saved, grads: Grads) -> Found:
     (x,) = saved
     assert x is not None
     return (t.elementwise(first(grads), x),)
+
+
+def clip(t: Tape, x: Tensor, tag: Tag | None = None) -> Tensor:
+    """`clamp_`, in place: what it was is kept as a copy."""
+    node = t.record(_clipped, (x,))
+    if node is not None:
+        t.keep(node, t.like(x, tag=tag))
+    return attach(x.as_(x.shape, x.strides), node)
+
+
+def _clipped(t: Tape, saved: Saved, grads: Grads) -> Found:
+    (x,) = saved
+    assert x is not None
+    held = t.new((), x.dtype), t.like(x, "bool"), t.like(x, "bool")
+    out = t.elementwise(first(grads), held[1])
+    del held
+    return (out,)
 
 
 def dropout(t: Tape, x: Tensor, p: float, tag: Tag | None = None) -> Tensor:

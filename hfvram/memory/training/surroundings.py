@@ -1,8 +1,10 @@
 """What a model makes once for all of its layers: positions' angles and masks. None of it needs a gradient."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Final
 
 from hfvram.memory.timeline import Tag
+from hfvram.memory.training.blocks import unknown
 from hfvram.memory.training.kinds import Kind
 from hfvram.memory.training.tape import Tape
 from hfvram.memory.training.tensors import Tensor
@@ -15,6 +17,10 @@ POSITIONS = Tag("positions", "activations", "s·8", "transformers 5.17: LlamaMod
 MASK = Tag("attention mask", "activations", "b·s·t", "transformers 5.17: masking_utils.py")
 
 
+WIDE: Final = ("fp32", "neighbours, cast")
+"""Ways to rotate (`Kind.rotates`) whose angles stay in fp32."""
+
+
 @dataclass(slots=True)
 class Surroundings:
     """Angles by rotary size, masks by window (None for none), and what layers need to know: the request, the code."""
@@ -22,7 +28,7 @@ class Surroundings:
     class_name: str
     kind: Kind
     request: Request
-    rotary: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    rotary: dict[tuple[int, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
     positions: Tensor | None = None
     alibi: Tensor | None = None
     ones: Tensor | None = None
@@ -32,10 +38,18 @@ class Surroundings:
     masks: dict[int | None, Tensor | None] = field(default_factory=dict)
     dropout: Dropout = field(default_factory=Dropout)
 
+    def of(self, layer: Layer) -> "Surroundings":
+        """With the angles and the mask that this layer is given, where others are given other ones."""
+        part = layer.mixers[0]
+        if not isinstance(part, Attention) or (len(self.rotary) < 2 and len(self.masks) < 2):
+            return self
+        rotary = {key: angles for key, angles in self.rotary.items() if part.kind in key or "" in key}
+        return replace(self, rotary=rotary, masks={part.window: self.masks[part.window]})
+
     def angles(self, part: Attention) -> tuple[Tensor, Tensor]:
         """Cosines and sines for this layer's heads, (1, 1, s, d)."""
         assert part.rotary is not None
-        return self.rotary[part.rotary.dim]
+        return self.rotary[part.rotary.dim, part.kind if self.kind.angles == "by layer type" else ""]
 
     def eager(self, part: Attention) -> bool:
         """Whether attention is written out, as asked or because the code can't do anything else."""
@@ -53,12 +67,17 @@ def surround(t: Tape, layers: list[Layer], found: Surroundings, ids: Tensor, dty
     if found.kind.layer == "with alibi":
         found.ones = _alibi(t, found, parts[0].heads, b, s, dtype)
     windows = {m.window: m for m in parts}
+    if found.kind.masks == "both":
+        windows.setdefault(None, parts[0])
+        if len(windows) == 1:
+            raise unknown(f"{found.class_name} without a layer that slides")
     for window in sorted(windows, key=lambda w: w or 0):
         if found.kind.counts:
             _packed(t, b, s)
         found.masks[window] = _mask(t, window, found.eager(windows[window]), b, s, dtype, found.ones is not None)
-    for dim in sorted({m.rotary.dim for m in parts if m.rotary}):
-        found.rotary[dim] = _angles(t, s, dim, "fp32" if found.kind.rotates == "fp32" else dtype)
+    by_type = found.kind.angles == "by layer type"
+    for key in sorted({(m.rotary.dim, m.kind if by_type else "") for m in parts if m.rotary}):
+        found.rotary[key] = _angles(t, s, key[0], "fp32" if found.kind.rotates in WIDE else dtype)
 
 
 def positions(t: Tape, found: Surroundings, ids: Tensor) -> Tensor:

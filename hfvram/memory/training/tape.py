@@ -286,6 +286,7 @@ class Tape:
                     slots[index] = grad
                 else:
                     slots[index] = None
+                    found[i] = grad  # what is added to another gradient stays to the end of this node
                     # One reference each: this name and the call's argument; and the tensor's.
                     alone = not self.on_meta and sys.getrefcount(old) == 2 and sys.getrefcount(old.storage) == 2
                     if alone and is_dense(old.shape, old.strides):

@@ -103,6 +103,7 @@ def attention(config: Config, style: Style, hidden: int, window: int | None, rot
         "causal": not config.flag("use_bidirectional_attention"),
         "rotary": Rotary(dim=partial.dim, style=style.rope, sliced=style.sliced) if rotates else None,
         "qk_norm": "full" if qk_norm == "full" else "head" if qk_norm else None,
+        "clips": bool(config.number("clip_qkv", default=0.0)),
         "softcap": style.softcap and bool(config.number("attn_logit_softcapping", default=0.0)),
         "bias": flag(config, style.bias),
         "out_bias": flag(config, style.out_bias),
