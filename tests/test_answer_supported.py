@@ -23,7 +23,6 @@ NOT_YET: list[tuple[dict[str, Any], str]] = [
     ({"sp": True}, "False"),
     ({"zero": 1}, "0"),
     ({"zero": 3}, "0"),
-    ({"fsdp": "full_shard"}, ""),
     ({"offload": ("experts",)}, ""),
     ({"offload": ("params", "layers")}, ""),
 ]
@@ -68,6 +67,11 @@ def test_caches_that_the_formulas_do_not_know(cache: str) -> None:
     check(Request(cache=cache, method="simulate"))
     with pytest.raises(HfvramError, match="with --method simulate"):
         check(Request(cache=cache, method="formula"))
+
+
+def test_sharding_is_for_training() -> None:
+    for options in ({"gpus": 4}, {"gpus": 4, "fsdp": "full_shard"}, {"gpus": 16, "fsdp": "hybrid_shard"}):
+        check(Request(mode="train", method="formula", **options))  # type: ignore[arg-type]
 
 
 def test_what_is_answered() -> None:

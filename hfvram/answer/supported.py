@@ -18,10 +18,10 @@ SUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
     "cp": (1,),
     "sp": (False,),
     "zero": (None, 0),
-    "fsdp": (None,),
+    "fsdp": (None, "full_shard", "shard_grad_op", "hybrid_shard"),
     "offload": ((),),
 }
-BY_SIMULATE: Final = ("gpus", "tp", "sp", "fsdp")
+BY_SIMULATE: Final = ("gpus", "tp", "sp")
 """Options of which the exact engine answers every value."""
 SIMULATED_CACHES: Final = ("offloaded", "quantized")
 """Caches that only the exact engine answers: transformers' own code moves and packs them."""
@@ -52,6 +52,8 @@ def check(request: Request) -> None:
     """Raises `usage` for what this version can't answer, and for training options of an inference request."""
     for name, values in SUPPORTED.items():
         value = getattr(request, name)
+        if name == "gpus" and request.mode != "inference":
+            continue  # the rest trains data parallel
         if request.method == "simulate" and (name in BY_SIMULATE or (name == "cache" and value in SIMULATED_CACHES)):
             continue
         if value not in values:

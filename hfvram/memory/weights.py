@@ -1,6 +1,7 @@
 """Weights and buffers as they stand on the GPU, in the order in which the model is built."""
 
 import re
+from dataclasses import replace
 from functools import lru_cache
 
 from hfvram.memory.bitsandbytes import BLOCK, NESTED_BLOCK
@@ -70,9 +71,18 @@ def param_bytes(param: Param, dtype: str, quant: str, double_quant: bool) -> tup
     return ((nbytes, {"buffer": BUFFERS, "adapter": ADAPTER}.get(param.kind, WEIGHTS)),)
 
 
+def sharded(param: Param, ranks: int) -> Param:
+    """What the first of several ranks holds of a parameter that is split along its first dimension, as FSDP2 does.
+
+    >>> sharded(Param("x.weight", (10, 8)), 4).shape
+    (3, 8)
+    """
+    return replace(param, shape=(-(-param.shape[0] // ranks), *param.shape[1:])) if ranks > 1 else param
+
+
 @lru_cache(maxsize=1024)
-def standing(architecture: Architecture, dtype: str, quant: str, double_quant: bool) -> Standing:
-    """Every tensor that stands before the first token.
+def standing(architecture: Architecture, dtype: str, quant: str, double_quant: bool, ranks: int = 1) -> Standing:
+    """Every tensor that stands before the first token, of `ranks` that share every parameter on the first.
 
     Where the checkpoint is quantized and its headers are known, those are its tensors, byte for byte.
     """
@@ -83,6 +93,8 @@ def standing(architecture: Architecture, dtype: str, quant: str, double_quant: b
     tensors: list[tuple[int, Tag]] = []
     left_alone, kept_wide = chosen(skipped), chosen(architecture.fp32_in_fp16)
     for param in architecture.all_params:
+        if param.kind != "buffer":
+            param = sharded(param, ranks)
         wide = bool(architecture.fp32_in_fp16) and kept_wide(param.name)  # and never quantized (quantizers/base.py)
         left = wide or (bool(skipped) and left_alone(param.name))
         own = "fp32" if wide and dtype == "fp16" else dtype

@@ -58,6 +58,7 @@ def steps(run: Run, model: Any, given: dict[str, Any], parameters: list[Any], re
     held = [own(p) for p in parameters]
     names = {id(p): n for n, p in model.named_parameters()}
     named = [(names[id(p)], h) for p, h in zip(parameters, held, strict=True)]
+    timeline.trainable_parameters = sum(p.numel() for p in parameters)  # of all ranks
     opt = optimizer(request.optimizer, held, linear(model, parameters))
     autocast = request.mixed_precision != "no" and request.fsdp is None
     scale = loss_scale(parameters) if autocast and request.mixed_precision == "fp16" else None
@@ -114,7 +115,6 @@ def name(run: Run, parameters: list[tuple[str, Any]], opt: Any) -> None:
     name_states(run.tracker, parameters, opt)
     timeline, kept = run.timeline, list(states(opt))
     grads = [p.grad for _, p in parameters if p.grad is not None]
-    timeline.trainable_parameters = sum(p.numel() for _, p in parameters)
     timeline.gradients_bytes = sum(g.numel() * g.element_size() for g in grads)
     timeline.managed_bytes = getattr(opt, "managed_bytes", 0)
     own_bytes = sum(v.numel() * v.element_size() for _, v in kept if v.device.type == "meta")

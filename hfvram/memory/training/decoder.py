@@ -87,7 +87,7 @@ def decode(
         if request.gradient_checkpointing:
             hidden = _checkpointed(t, layer, blocks, hidden, around)
         else:
-            hidden = LAYERS[kind.layer](t, layer, blocks, hidden, around)
+            hidden = _whole(t, layer, blocks, hidden, around)
     t.enter(None)
     if architecture.final_norm:
         weights = tuple([leaf.tensor for leaf in states.after if leaf.param.kind == "norm"])
@@ -99,7 +99,15 @@ def decode(
 
 def _checkpointed(t: Tape, layer: Layer, blocks: Blocks, hidden: Tensor, around: Surroundings) -> Tensor:
     around = around.of(layer)
-    return t.checkpoint(lambda: LAYERS[around.kind.layer](t, layer, blocks, hidden, around))
+    return t.checkpoint(lambda: _whole(t, layer, blocks, hidden, around))
+
+
+def _whole(t: Tape, layer: Layer, blocks: Blocks, hidden: Tensor, around: Surroundings) -> Tensor:
+    """One layer, and what data parallel training does around it."""
+    if t.units is None:
+        return LAYERS[around.kind.layer](t, layer, blocks, hidden, around)
+    hidden = t.units.enter(blocks, hidden)
+    return t.units.leave(blocks, LAYERS[around.kind.layer](t, layer, blocks, hidden, around))
 
 
 def run_layer(t: Tape, layer: Layer, blocks: Blocks, hidden: Tensor, around: Surroundings) -> Tensor:

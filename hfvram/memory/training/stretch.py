@@ -94,6 +94,8 @@ def stretch(t: Timeline, segments: Sequence[Segment], groups: int) -> Timeline |
             written[chunk.phase, number] = len(out.sizes)
             out.sizes += t.sizes[chunk.handles.start : chunk.handles.stop]
             out.tags += t.tags[chunk.handles.start : chunk.handles.stop]
+            shift = len(out.sizes) - chunk.handles.stop
+            out.streams |= {h + shift: t.streams[h] for h in chunk.handles if h in t.streams}
             _write(out, chunk, number, relations, written, groups)
     for at in sorted(names):
         for name in names[at]:

@@ -8,7 +8,7 @@ torch/utils/checkpoint.py (non-reentrant, early stop).
 import sys
 from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from hfvram.memory.cuda_kernels import CUBLAS, CUBLASLT, CUBLASLT_BYTES
 from hfvram.memory.generation import HOPPER, Generation
@@ -26,6 +26,9 @@ from hfvram.memory.training.tensors import (
     layout,
 )
 
+if TYPE_CHECKING:
+    from hfvram.memory.training.data_parallel import Units
+
 ENGINE = "PyTorch 2.11: torch/csrc/autograd/engine.cpp"
 GRADIENTS = Tag("gradients", "gradients", "P·e", "PyTorch 2.11: functions/accumulate_grad.h", "exact")
 FLOWING = Tag("gradients of activations", "activations", "", ENGINE)
@@ -42,7 +45,7 @@ class Node:
     """One operator's backward. `edges` are (node, which of its outputs, shape, dtype) for each input, None where no
     gradient is wanted; `saved` are tensors or, with a `frame`, their places in what a checkpoint computes again."""
 
-    __slots__ = ("edges", "frame", "gradient", "outputs", "saved", "segment", "sequence")
+    __slots__ = ("before", "edges", "frame", "gradient", "outputs", "saved", "segment", "sequence")
 
     def __init__(self, gradient: Gradient | None, edges: tuple[Any, ...], sequence: int, segment: int | None) -> None:
         self.gradient = gradient
@@ -52,6 +55,8 @@ class Node:
         self.outputs = 1
         self.saved: tuple[Any, ...] = ()
         self.frame: Frame | None = None
+        self.before: Callable[[], None] | None = None
+        """What runs before it, as a hook on its output."""
 
     def wants(self, i: int) -> bool:
         """Whether input i needs a gradient."""
@@ -109,6 +114,9 @@ class Tape:
         self.workspaces: set[tuple[str, str]] = set()
         self.autocast: str | None = None
         self.casts: dict[Node, Tensor] = {}
+        self.gradients = GRADIENTS
+        self.units: Units | None = None
+        """What is told of layers and gradients, where several GPUs train."""
 
     # -- allocating --------------------------------------------------------------------------------------------------
 
@@ -245,6 +253,9 @@ class Tape:
             if node.segment != self.segment:
                 self.enter(node.segment)
             self._run(node, buffers, waiting, ready)
+        if self.units is not None:
+            self.enter(None)
+            self.units.end_backward()
         self.thread, self.grad = "forward", True
 
     def _run(
@@ -257,6 +268,8 @@ class Tape:
         grads = buffers.pop(node)
         found: list[Tensor | None]
         assert node.gradient is not None
+        if node.before is not None:
+            node.before()
         recomputed = node.frame is not None
         saved = self._unpacked(node)
         arrived = any(grad is not None for grad in grads)
@@ -304,12 +317,14 @@ class Tape:
         grad = grads.pop()
         if grad is None:
             return
-        if parameter.grad is not None:
-            return  # added in place
-        if not (sys.getrefcount(grad) == 2 and is_contiguous(grad.shape, grad.strides)):
-            grad = self.new(parameter.shape, parameter.dtype)
-        parameter.grad = grad
-        self.timeline.tags[grad.storage.handle] = GRADIENTS
+        if parameter.grad is None:  # else it is added in place
+            if not (sys.getrefcount(grad) == 2 and is_contiguous(grad.shape, grad.strides)):
+                grad = self.new(parameter.shape, parameter.dtype)
+            parameter.grad = grad
+            self.timeline.tags[grad.storage.handle] = self.gradients
+        del grad
+        if self.units is not None:
+            self.units.arrived(parameter)
 
     # -- what gradients are made with --------------------------------------------------------------------------------
 

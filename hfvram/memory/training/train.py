@@ -13,8 +13,10 @@ from hfvram.memory.inference import symbols
 from hfvram.memory.timeline import Tag, Timeline
 from hfvram.memory.training import operators as op
 from hfvram.memory.training.blocks import unknown
+from hfvram.memory.training.data_parallel import Units, units
 from hfvram.memory.training.decoder import forward
-from hfvram.memory.training.optimizers import Optimizer, in_layers, kept_bytes, managed_bytes
+from hfvram.memory.training.fsdp import mesh
+from hfvram.memory.training.optimizers import Optimizer, kept_bytes, managed_bytes
 from hfvram.memory.training.states import Leaf, States, single_stack
 from hfvram.memory.training.step import clip
 from hfvram.memory.training.stretch import TEMPLATE, copies, plan, stretch
@@ -40,16 +42,19 @@ def timeline(architecture: Architecture, request: Request, on_meta: bool = False
     layers, groups = plan(architecture.text.layers)
     if whole:
         layers, groups = [(x, None) for x in architecture.text.layers], 0
-    t = Timeline(standing(architecture, request.dtype, "none", False))
+    ranks = mesh(request.gpus or 1, request.fsdp == "hybrid_shard")[1] if request.fsdp else 1
+    t = Timeline(standing(architecture, request.dtype, "none", False, ranks))
     tape = Tape(t, generation(request.compute_capability), on_meta)
     ids = tape.new((request.batch, request.ctx or 1), "int64", None, IDS)
-    t.restart()
     states = States(architecture, request.dtype, layers)
-    optimizer = Optimizer(request.optimizer, tape, states.trained())
-    _steps(tape, architecture, states, layers, ids, optimizer, request)
+    parts = units(tape, states, request, groups)
+    tape.units = parts if type(parts) is not Units else None
+    t.restart()
+    optimizer = Optimizer(request.optimizer, tape, parts.leaves)
+    _steps(tape, architecture, states, layers, ids, optimizer, parts, request)
     t.events = t.events[:]  # what dies with this function is no part of the run
     t.symbols = symbols(architecture, Forward(batch=request.batch, tokens=request.ctx or 1, dtype=request.dtype))
-    _count(t, states.trained(), optimizer, groups)
+    _count(t, states.trained(), parts.leaves, optimizer, groups)
     if groups:
         return stretch(t, tape.segments, groups) or timeline(architecture, request, on_meta, whole=True)
     return t
@@ -83,17 +88,21 @@ def _steps(
     layers: list[tuple[Layer, int | None]],
     ids: Tensor,
     optimizer: Optimizer,
+    parts: Units,
     request: Request,
 ) -> None:
-    t, leaves = tape.timeline, states.trained()
-    precision = None if request.mixed_precision == "no" else request.mixed_precision
+    t, leaves = tape.timeline, parts.leaves
+    precision = None if request.mixed_precision == "no" or request.fsdp else request.mixed_precision
     scale = tape.new((), "fp32", None, SCALE) if precision == "fp16" else None
     tensors = sum(p.kind != "buffer" for p in architecture.all_params)
     for _ in range(STEPS):
-        for _ in range(min(request.grad_accum, 2)):
+        for missing in reversed(range(min(request.grad_accum, 2))):
+            parts.last = not missing
             tape.mark("forward")
+            parts.enter_model()
             tape.autocast = precision
             loss, logits = forward(tape, architecture, states, layers, ids, request)
+            parts.leave_model((loss, logits))
             scaled = loss if scale is None else op.mul(tape, loss, scale, SCALE)
             tape.autocast = None
             tape.casts.clear()
@@ -108,8 +117,7 @@ def _steps(
         clip(tape, leaves, tensors)
         tape.mark("optimizer step")
         optimizer.step(tape, leaves)
-        for leaf in in_layers(tape, leaves):
-            leaf.node.grad = None  # type: ignore[union-attr]
+        parts.forget_gradients()
     tape.mark("end")
 
 
@@ -124,12 +132,13 @@ def _label(t: Timeline, handles: Iterable[int], what: str) -> None:
             tags[handle] = labelled[tag]
 
 
-def _count(t: Timeline, leaves: list[Leaf], optimizer: Optimizer, groups: int) -> None:
+def _count(t: Timeline, trained: list[Leaf], leaves: list[Leaf], optimizer: Optimizer, groups: int) -> None:
     """Gradients and states in raw sizes, and the parameters that they are of, in all layers."""
+    for leaf in trained:
+        t.trainable_parameters += (copies(groups) if leaf.segment == TEMPLATE else 1) * leaf.tensor.numel
     for leaf in leaves:
         times = copies(groups) if leaf.segment == TEMPLATE else 1
         managed = managed_bytes(optimizer.name, leaf.tensor.numel)
-        t.trainable_parameters += times * leaf.tensor.numel
         t.gradients_bytes += times * leaf.tensor.nbytes
         t.managed_bytes += times * managed
         t.optimizer_bytes += times * (kept_bytes(optimizer.kept, leaf) + managed)
