@@ -7,14 +7,14 @@ from collections.abc import Callable
 from typing import Final
 
 from hfvram.memory.timeline import Tag
-from hfvram.memory.training import gpt
+from hfvram.memory.training import gpt, opt
 from hfvram.memory.training import operators as op
 from hfvram.memory.training.attention import attention
 from hfvram.memory.training.blocks import DROPPED, HIDDEN, normalize, unknown
 from hfvram.memory.training.feed_forward import feed_forward
 from hfvram.memory.training.kinds import kind_of
 from hfvram.memory.training.states import Blocks, States, Weights
-from hfvram.memory.training.surroundings import Surroundings, positions, surround
+from hfvram.memory.training.surroundings import POSITIONS, Surroundings, counted, positions, surround
 from hfvram.memory.training.tape import Tape
 from hfvram.memory.training.tensors import Tensor
 from hfvram.model.architecture import Architecture
@@ -72,11 +72,20 @@ def decode(
         hidden = normalize(t, embedded, (states.before[1].tensor, states.before[2].tensor), "layer")
     if kind.embedding == "late positions":
         surround(t, [layer for layer, _ in layers], around, ids, embedded.dtype)
+    if kind.embedding == "counted ones":
+        places = counted(t, around, ids)
+        surround(t, [layer for layer, _ in layers], around, ids, embedded.dtype)
+        shifted = t.new(ids.shape, "int64", None, POSITIONS)
+        learned = op.embedding(t, shifted, states.before[1].tensor, EMBEDDED)
+        del shifted
+        if len(states.before) > 2:
+            embedded = op.linear(t, embedded, states.before[3].tensor, None, EMBEDDED)
+        hidden = op.add(t, embedded, learned, EMBEDDED)
     if kind.embedding in ("positions", "late positions"):
         places = around.positions or positions(t, around, ids)
         learned = op.embedding(t, places.as_((1, ids.shape[1]), (ids.shape[1], 1)), states.before[1].tensor, EMBEDDED)
         hidden = op.add(t, embedded, learned, EMBEDDED)
-    if kind.embedding != "late positions":
+    if kind.embedding not in ("late positions", "counted ones"):
         surround(t, [layer for layer, _ in layers], around, ids, embedded.dtype)
     if kind.embedding == "late norm":
         hidden = normalize(t, hidden, (), architecture.text.layers[0].norm, kind.norm)
@@ -89,9 +98,11 @@ def decode(
         else:
             hidden = _whole(t, layer, blocks, hidden, around)
     t.enter(None)
-    if architecture.final_norm:
-        weights = tuple([leaf.tensor for leaf in states.after if leaf.param.kind == "norm"])
+    weights = tuple([leaf.tensor for leaf in states.after if leaf.param.kind == "norm"])
+    if architecture.final_norm and (weights or kind.norm in ("wide", "no weight")):
         hidden = normalize(t, hidden, weights, architecture.final_norm, kind.norm)
+    if kind.embedding == "counted ones" and len(states.before) > 2:
+        hidden = op.linear(t, hidden, states.before[2].tensor, None, EMBEDDED)
     around.held = around.ones = None
     del embedded
     return hidden
@@ -179,6 +190,7 @@ LAYERS: Final[dict[str, Callable[[Tape, Layer, Blocks, Tensor, Surroundings], Te
     "two branches": gpt.two_branches,
     "with alibi": gpt.with_alibi,
     "one norm": one_norm,
+    "flattened": opt.flattened,
 }
 
 

@@ -23,8 +23,8 @@ Rotation = Literal[
 ]
 """Rotary positions of halves: over whole heads (forward or back), over a part joined with the rest (each at once, one
 after the other, or both at the end), or in fp32 and cast back; and of neighbours, so as well."""
-NormOrder = Literal["last", "first", "between"]
-"""Where a layer's norms stand among its parameters: after its parts, before them, or one before each."""
+NormOrder = Literal["last", "first", "between", "after each"]
+"""Where a layer's norms stand among its parameters: after its parts, before them, or one before or after each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +32,12 @@ class Kind:
     """How a type's code differs from Llama's."""
 
     norm: NormCode = "weight last"
-    layer: Literal["residual", "held output", "two branches", "with alibi", "one norm"] = "residual"
+    layer: Literal["residual", "held output", "two branches", "with alibi", "one norm", "flattened"] = "residual"
     sums: Literal["branches first", "residual first"] = "residual first"
     """What a layer of two branches over one norm adds up first."""
-    embedding: Literal["tokens", "positions", "late positions", "normed", "late norm"] = "tokens"
-    """Learned positions are added, before the mask is made or after it; or the embeddings are normed, so as well."""
+    embedding: Literal["tokens", "positions", "late positions", "normed", "late norm", "counted ones"] = "tokens"
+    """Learned positions are added, before the mask is made or after it; or the embeddings are normed, so as well;
+    or positions are counted in a mask of ones (OPT)."""
     masks: Literal["used", "both"] = "used"
     """Masks are made for the layers that there are, or for full attention and a window in any case."""
     interleaved: bool = False
@@ -48,6 +49,8 @@ class Kind:
     own_softmax: bool = False
     """Eager attention's softmax is in the scores' dtype."""
     norms: NormOrder = "last"
+    final_first: bool = False
+    """The last norm's parameters stand before those of the layers."""
     scaled: bool = False
     """The embeddings are multiplied by a number."""
     multiplied: bool = False
@@ -92,6 +95,7 @@ KINDS: Final[dict[str, Kind]] = {
     "gemma2": _GEMMA,
     "gemma3_text": Kind(norm="plus one", scaled=True, masks="both", angles="by layer type", qk="all projected"),
     "smollm3": _LLAMA,
+    "opt": Kind(layer="flattened", embedding="counted ones", counts=False, norms="after each", final_first=True),
     "ministral": Kind(masks="both"),
     "ministral3": Kind(far=True),
     "hunyuan_v1_dense": Kind(qk="rotated"),

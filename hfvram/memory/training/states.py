@@ -75,11 +75,14 @@ class Blocks:
 
     def __iter__(self) -> Iterator[Leaf]:
         norms = iter(self.own)
-        first = {"last": 0, "first": len(self.own), "between": len(self.own) // 2}[self.order]
+        first = {"first": len(self.own), "between": len(self.own) // 2}.get(self.order, 0)
         yield from islice(norms, first)
         for mixer in self.mixers:
             yield from mixer
-        yield from islice(norms, 0 if self.order == "last" else len(self.own))
+        if self.order == "after each":
+            yield from islice(norms, len(self.own) // 2)
+        elif self.order != "last":
+            yield from norms
         yield from self.feed_forward
         yield from norms
 
@@ -95,6 +98,7 @@ class States:
         trains: Callable[[str], bool] = lambda name: True,
     ) -> None:
         text, order = architecture.text, kind_of(architecture).norms
+        self.final_first = kind_of(architecture).final_first
 
         def leaf(param: Param, segment: int | None = None) -> Leaf:
             return Leaf(param, param.dtype or dtype, trains(param.name), segment)
@@ -109,9 +113,12 @@ class States:
 
     def __iter__(self) -> Iterator[Leaf]:
         yield from self.before
+        if self.final_first:
+            yield from self.after
         for layer in self.layers:
             yield from layer
-        yield from self.after
+        if not self.final_first:
+            yield from self.after
         yield from self.head
 
     def trained(self) -> list[Leaf]:

@@ -89,6 +89,19 @@ def positions(t: Tape, found: Surroundings, ids: Tensor) -> Tensor:
     return found.positions
 
 
+def counted(t: Tape, found: Surroundings, ids: Tensor) -> Tensor:
+    """The tokens' places, counted in a mask of ones that the model makes up (OPT)."""
+    found.ones = t.new(ids.shape, "fp32", None, MASK)
+    total = t.new(ids.shape, "fp32", None, POSITIONS)
+    product = t.new(ids.shape, "fp32", None, POSITIONS)
+    before = t.new(ids.shape, "fp32", None, POSITIONS)
+    del product
+    places = t.new(ids.shape, "int64", None, POSITIONS)
+    del total, before
+    found.positions = places
+    return places
+
+
 def _packed(t: Tape, b: int, s: int) -> None:
     """Whether several sequences are packed into one is looked for in the positions."""
     before = t.new((b, 1), "int64", None, POSITIONS)
@@ -121,6 +134,9 @@ def _mask(t: Tape, window: int | None, eager: bool, b: int, s: int, dtype: str, 
     """Booleans for SDPA where a window is reached, an additive one of (b, 1, s, s) for eager attention; `given` where
     the model makes up a mask of ones itself."""
     if not eager and (window is None or s < window):
+        if given:  # whether it hides anything is looked for
+            looked = t.new((b, s), "bool", None, MASK), t.new((), "int64", None, MASK), t.new((), "bool", None, MASK)
+            del looked
         return None
     ones = t.new((b, s), "bool", None, MASK) if given else None
     rows, heads = t.new((b,), "int64", None, MASK), t.new((1,), "int64", None, MASK)
