@@ -14,6 +14,7 @@ SMALL: dict[str, Any] = {"vocab_size": 256, "hidden_size": 64, "intermediate_siz
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0}
 HEADS = SMALL | {"head_dim": 16}
 SLIDING = SMALL | {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+OPT = SMALL | {"ffn_dim": 96, "word_embed_proj_dim": 64}
 MODELS: dict[str, dict[str, Any]] = {
     "cohere": SMALL,
     "cohere, normed heads": SMALL | {"use_qk_norm": True},
@@ -32,6 +33,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "olmo": SMALL,
     "olmo, clipped": SMALL | {"clip_qkv": 8.0},
     "olmo3": SLIDING,
+    "opt": OPT,
+    "opt, as 350M": OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 32},
     "phi": SMALL,
     "phi, normed heads": SMALL | {"qk_layernorm": True},
     "smollm3": SMALL | {"no_rope_layers": [1, 0]},
