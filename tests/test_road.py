@@ -99,7 +99,7 @@ def test_json_has_exactly_these_keys(nowhere: subprocess.CompletedProcess[str]) 
         "error",
     }
     added = {"peak_phase", "recommended", "components", "largest_tensors", "phases"}
-    added |= {"offloaded", "cpu_bytes", "nvme_bytes"}
+    added |= {"offloaded", "cpu_bytes", "nvme_bytes", "ranks"}
     assert set(answer) == sizes | rest | added
     assert set(answer["model"]) == {
         *("id", "commit", "source", "architecture", "model_type", "parameters", "active_parameters"),

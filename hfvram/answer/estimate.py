@@ -60,6 +60,22 @@ class Offloaded:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rank:
+    """What each GPU of one kind takes, where several GPUs share the work: `gpus` of them are alike."""
+
+    name: str
+    gpus: int
+    weights_bytes: int
+    cache_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    activations_bytes: int
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    device_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LiveTensor:
     """A tensor that is live at the peak: the module or parameter that it is of, what it is, and what made it.
 
@@ -135,6 +151,7 @@ class Recommended:
 class Estimate:
     """What a request takes on one GPU. `items` stand at the peak and add up to `peak_allocated_bytes` exactly.
 
+    Of several GPUs that is the fullest; `ranks` has each kind of them, where a formula answers for all.
     `offloaded` is what each GPU's process keeps elsewhere; it adds up to `cpu_bytes` and `nvme_bytes`.
     """
 
@@ -162,6 +179,7 @@ class Estimate:
     recommended: tuple[Recommended, ...] = ()
     largest_tensors: tuple[LiveTensor, ...] = ()
     phases: tuple[PhasePeak, ...] = ()
+    ranks: tuple[Rank, ...] = ()
     components: tuple[tuple[str, "Estimate"], ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -175,6 +193,7 @@ class Estimate:
         out["offloaded"] = [_shallow(item) for item in self.offloaded]
         out["largest_tensors"] = [_shallow(tensor) | {"shape": list(tensor.shape)} for tensor in self.largest_tensors]
         out["phases"] = [_shallow(phase) for phase in self.phases]
+        out["ranks"] = [_shallow(rank) for rank in self.ranks]
         out["fit"] = self.fit and {**_shallow(self.fit), "ways": [_shallow(way) for way in self.fit.ways]}
         out["recommended"] = [_shallow(r) for r in self.recommended]
         out["components"] = [{"name": n, **e.to_dict()} for n, e in self.components]

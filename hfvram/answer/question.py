@@ -5,7 +5,7 @@ from importlib.util import find_spec
 
 from hfvram import __version__
 from hfvram.answer import guide, pipeline
-from hfvram.answer.estimate import Estimate, Fit, Interval, Recommended
+from hfvram.answer.estimate import Estimate, Fit, Interval, Rank, Recommended
 from hfvram.answer.facts import facts, guide_items
 from hfvram.answer.fit import judge
 from hfvram.answer.gpus import Gpu, find_gpu, recommend
@@ -17,7 +17,7 @@ from hfvram.answer.supported import by_code, check, simulated_by_default
 from hfvram.errors import HfvramError
 from hfvram.memory.allocator import replay
 from hfvram.memory.device import device_bytes, kernels_bytes
-from hfvram.memory.formula import mask_bytes, timeline
+from hfvram.memory.formula import Share, mask_bytes, shares
 from hfvram.model.bound import bound, by_its_code, can_run
 from hfvram.model.identify import Model, identify, identify_components, needs_headers
 from hfvram.model.infer import infer
@@ -162,7 +162,24 @@ def estimate_of(model: Model, asked: Request) -> Estimate:
         found = simulated(model, request)
         stands = derived(found.items) if request.compute_capability else found.items
         return replace(_estimate(model, request, found, notes), method="simulate", versions=versions(), items=stands)
-    return _estimate(model, request, at_peak(timeline(model.architecture, request), request.expandable_segments), notes)
+    return _by_formula(model, request, notes)
+
+
+def _by_formula(model: Model, request: Request, notes: list[str]) -> Estimate:
+    """The fullest GPU's estimate, and a row for each kind of GPU where there are several."""
+    kinds = [
+        (share, _estimate(model, request, at_peak(share.timeline, request.expandable_segments), notes))
+        for share in shares(model.architecture, request)
+    ]
+    fullest = max((found for _, found in kinds), key=lambda found: found.device_bytes)
+    if (request.gpus or 1) == 1:
+        return fullest
+    return replace(fullest, ranks=tuple(_rank(share, found) for share, found in kinds))
+
+
+def _rank(share: Share, found: Estimate) -> Rank:
+    sums = ("weights", "cache", "gradients", "optimizer", "activations", "peak_allocated", "peak_reserved", "device")
+    return Rank(name=share.name, gpus=share.gpus, **{f"{n}_bytes": getattr(found, f"{n}_bytes") for n in sums})
 
 
 def _ruled(model: Model, request: Request, notes: list[str]) -> Estimate:
@@ -180,7 +197,8 @@ def taken(model: Model, asked: Request) -> int:
     if model.components or asked.method == "guide":
         return estimate_of(model, asked).device_bytes
     request, _ = resolve(model.architecture, asked)
-    return device_bytes(replay(timeline(model.architecture, request), request.expandable_segments).reserved_bytes)
+    kinds = shares(model.architecture, request)
+    return device_bytes(max(replay(k.timeline, request.expandable_segments).reserved_bytes for k in kinds))
 
 
 def _estimate(model: Model, request: Request, found: AtPeak, notes: list[str]) -> Estimate:
@@ -213,6 +231,10 @@ def _estimate(model: Model, request: Request, found: AtPeak, notes: list[str]) -
     )
 
 
+def _fullest_bytes(model: Model, request: Request) -> int:
+    return max(share.timeline.fullest_bytes() for share in shares(model.architecture, request))
+
+
 def _assumptions(model: Model, found: Estimate) -> list[str]:
     """What the same request takes where an assumption that people can't see does not hold."""
     request = found.request
@@ -222,9 +244,9 @@ def _assumptions(model: Model, found: Estimate) -> list[str]:
 
     def added(**changes: str | bool) -> int:
         """Live bytes at the peak that the changed request has more by formula, without the allocator's part."""
-        other = timeline(model.architecture, request.with_(**changes)).fullest_bytes()
+        other = _fullest_bytes(model, request.with_(**changes))
         if simulated:
-            return other - timeline(model.architecture, request).fullest_bytes()
+            return other - _fullest_bytes(model, request)
         return other - sum(i.bytes for i in found.items if i.category != "rounding")
 
     said = []

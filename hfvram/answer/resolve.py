@@ -7,6 +7,7 @@ from hfvram.memory.attention import implementation
 from hfvram.memory.bitsandbytes import ON_LOADING
 from hfvram.memory.forward import Forward
 from hfvram.memory.generation import MEASURED, generation
+from hfvram.memory.mesh import mesh_of
 from hfvram.memory.weights import DEQUANTIZED, packed_bits
 from hfvram.model.architecture import Architecture
 from hfvram.model.layers import Attention
@@ -55,7 +56,7 @@ def resolve(architecture: Architecture, request: Request) -> tuple[Request, list
         warnings.append(_derived(capability, dtype))
     if request.expandable_segments:
         warnings.append("expandable segments as PyTorch's source has them, not measured")
-    if (gpus := _gpus(request)) > 1:
+    if (gpus := mesh_of(request).gpus) > 1:
         warnings += _several(request, gpus)
     attention = _attention(architecture, request)
     if attention != request.attention:
@@ -110,21 +111,10 @@ def _derived(capability: str, dtype: str) -> str:
     return f"{said}; none of them takes bf16, as --dtype fp16 would allow" if dtype == "bf16" and not gpu.bf16 else said
 
 
-def _gpus(request: Request) -> int:
-    """How many GPUs there are: those that hold one model, times any number of replicas. Raises `usage`."""
-    model = request.tp * request.pp * request.ep * request.cp
-    gpus = request.gpus or model
-    if gpus % model:
-        raise HfvramError(
-            "usage",
-            f"--gpus {gpus} is not divisible by the {model} that hold the model: valid are {model}, {2 * model}, …",
-        )
-    return gpus
-
-
 def _several(request: Request, gpus: int) -> list[str]:
     """What is assumed of several GPUs."""
-    said = [f"per GPU: the first of {gpus}, which holds the most; NCCL's own memory is not counted"]
+    which = "first" if request.method == "simulate" else "fullest"
+    said = [f"per GPU: the {which} of {gpus}; NCCL's own memory is not counted"]
     if request.fsdp == "hybrid_shard":
         said.append("hybrid_shard shards within nodes of 8 GPUs and replicates over nodes")
     if request.sp and request.mode != "inference":

@@ -1,13 +1,29 @@
 """The formula engine: an architecture and a request → the timeline, in milliseconds and without torch."""
 
+from typing import NamedTuple
+
 from hfvram.memory import inference, seq2seq
 from hfvram.memory.forward import ELEMENT_BYTES, Forward
 from hfvram.memory.generation import generation
+from hfvram.memory.mesh import mesh_of
 from hfvram.memory.timeline import Timeline
 from hfvram.memory.weights import standing
 from hfvram.model.architecture import Architecture
 from hfvram.model.layers import Attention
 from hfvram.request import Request
+
+
+class Share(NamedTuple):
+    """What each GPU of one kind holds and runs: all of them, or those of one stage."""
+
+    name: str
+    gpus: int
+    timeline: Timeline
+
+
+def shares(architecture: Architecture, request: Request) -> tuple[Share, ...]:
+    """The GPUs of a request by what they hold: one share for each kind that differs. Raises `usage` as `timeline`."""
+    return (Share("all", mesh_of(request).gpus, timeline(architecture, request)),)
 
 
 def mask_bytes(architecture: Architecture, request: Request) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from hfvram.answer.estimate import Estimate, Item, LiveTensor, Offloaded
 from hfvram.show.layout import Paint, columns, plain, size
-from hfvram.show.text import PLACES, headline, placed, totals
+from hfvram.show.text import PLACES, headline, placed, ranks, totals
 
 CERTAINTY = {"exact": "exact", "derived": "derived from code", "calibrated": "calibrated", "guess": "a guess"}
 
@@ -28,6 +28,7 @@ def explain(estimate: Estimate, width: int, paint: Paint = plain) -> str:
         peaks += [(p.name, size(p.live_bytes), size(p.activations_bytes), "") for p in e.phases]
         lines += ["", paint("At most in each phase, without rounding", "bold"), *columns(peaks, width, "<>><")]
     lines += ["", *totals(e, width, paint)]
+    lines += ["", *ranks(e, width)] if len(e.ranks) > 1 else []
     lines += [line for w in e.warnings for line in columns([("note:", w)], width, "<<")]
     return "\n".join(lines)
 

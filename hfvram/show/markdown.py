@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from hfvram.answer.estimate import Estimate
 from hfvram.errors import printable
 from hfvram.show.layout import size
-from hfvram.show.text import PLACES, asked, placed, shape
+from hfvram.show.text import PLACES, asked, placed, rank_rows, shape
 from hfvram.units import short_count
 
 
@@ -32,6 +32,9 @@ def markdown(estimate: Estimate) -> str:
         table(("live at the peak", "size", "share", "formula"), live, "<>><"),
         table(("total", "size", ""), sums, "<><"),
     ]
+    if len(e.ranks) > 1:
+        heading, *rows = rank_rows(e)
+        parts.append(table(heading, rows, "<" + ">" * (len(heading) - 1)))
     if e.offloaded:
         away = [(i.name, PLACES[i.place], size(i.bytes), i.formula) for i in e.offloaded]
         parts.append(table(("kept elsewhere", "place", "size", "formula"), away, "<<><"))

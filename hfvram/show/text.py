@@ -31,7 +31,7 @@ def text(estimate: Estimate, width: int, paint: Paint = plain) -> str:
     blocks = [headline(e, width, paint), components(e, width), items(e, width, paint)]
     if paint is not plain:
         blocks.append([bar(e, width, paint)])
-    blocks += [totals(e, width, paint), elsewhere(e, width), verdict(e, width, paint)]
+    blocks += [totals(e, width, paint), ranks(e, width), elsewhere(e, width), verdict(e, width, paint)]
     return "\n\n".join("\n".join(lines) for lines in blocks if lines)
 
 
@@ -138,6 +138,25 @@ def totals(e: Estimate, width: int, paint: Paint) -> list[str]:
         ("rule of thumb", size(e.guide.bytes), e.guide.formula),
     ]
     return [_painted(line, {"on the device": "bold"}, paint) for line in columns(rows, width, "<><")]
+
+
+def ranks(e: Estimate, width: int) -> list[str]:
+    """A row for each kind of GPU, where they differ."""
+    if len(e.ranks) < 2:
+        return []
+    rows = rank_rows(e)
+    return columns([(*row, "") for row in rows], width, "<" + ">" * (len(rows[0]) - 1) + "<")
+
+
+def rank_rows(e: Estimate) -> list[tuple[str, ...]]:
+    """A table of the kinds of GPUs: those of their sums that are not nothing everywhere."""
+    kinds = ("weights", "cache", "gradients", "optimizer", "activations")
+    shown = [n for n in kinds if any(getattr(r, f"{n}_bytes") for r in e.ranks)]
+    rows: list[tuple[str, ...]] = [("GPUs", "of them", *shown, "allocated", "device")]
+    for r in e.ranks:
+        sums = [getattr(r, f"{n}_bytes") for n in (*shown, "peak_allocated", "device")]
+        rows.append((r.name, f"{r.gpus:,}", *map(size, sums)))
+    return rows
 
 
 def elsewhere(e: Estimate, width: int) -> list[str]:

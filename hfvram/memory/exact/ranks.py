@@ -20,6 +20,7 @@ from hfvram.memory.exact.build import in_order
 from hfvram.memory.exact.labels import name_tensors
 from hfvram.memory.exact.quantized import method
 from hfvram.memory.exact.run import Run
+from hfvram.memory.mesh import mesh_of
 from hfvram.request import Request
 
 GPUS_A_NODE = 8
@@ -93,12 +94,10 @@ def mesh_sizes(request: Request) -> dict[str, int]:
     >>> mesh_sizes(Request(gpus=32, tp=2, fsdp="hybrid_shard"))
     {'replica': 4, 'shard': 4, 'tp': 2}
     """
-    gpus = request.gpus or request.tp
+    mesh = mesh_of(request)
+    gpus, parallel = mesh.gpus, mesh.data
     if gpus > MAX_RANKS:
         raise HfvramError("usage", f"--gpus {gpus} is out of range: --method simulate answers up to {MAX_RANKS}")
-    if gpus % request.tp:
-        raise HfvramError("usage", f"--gpus {gpus} is not divisible by --tp {request.tp}: valid are its multiples")
-    parallel = gpus // request.tp
     replicas, shards = (1, parallel) if request.fsdp else (parallel, 1)
     if request.fsdp == "hybrid_shard":
         node = max(1, GPUS_A_NODE // request.tp)
