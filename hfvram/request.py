@@ -25,7 +25,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 """Values of each option that takes one of a few words; the first is the default, unless None is."""
 
-OFFLOADS = ("optimizer", "params", "activations", "experts", "layers")
+OFFLOADS = ("optimizer", "params", "activations", "experts", "layers", "optimizer=nvme", "params=nvme")
+"""What may live in CPU memory; with `=nvme` beyond it, on a drive, as DeepSpeed offloads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,8 +21,6 @@ NOT_YET: list[tuple[dict[str, Any], str]] = [
     ({"ep": 8}, "1"),
     ({"cp": 2}, "1"),
     ({"sp": True}, "False"),
-    ({"zero": 1}, "0"),
-    ({"zero": 3}, "0"),
     ({"offload": ("experts",)}, ""),
     ({"offload": ("params", "layers")}, ""),
 ]

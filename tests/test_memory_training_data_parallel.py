@@ -9,7 +9,6 @@ import pytest
 from hfvram.errors import HfvramError
 from hfvram.memory.allocator import replay
 from hfvram.memory.timeline import Timeline
-from hfvram.memory.training.fsdp import mesh
 from hfvram.memory.training.train import timeline
 from hfvram.model.infer import infer
 from hfvram.request import Request
@@ -121,7 +120,7 @@ def test_hybrid_shards_within_a_node() -> None:
     standing = [sum(formed(gpus=n, fsdp="hybrid_shard").standing.bytes_by_tag.values()) for n in (8, 16)]
     assert standing[0] == standing[1] == 2 * PARAMETERS // 8
     with pytest.raises(HfvramError, match="valid are up to 8 and its multiples"):
-        mesh(12, hybrid=True)
+        formed(gpus=12, fsdp="hybrid_shard")
 
 
 @pytest.mark.parametrize("options", [{"fsdp": "full_shard"}, {"fsdp": "shard_grad_op"}, {}], ids=str)

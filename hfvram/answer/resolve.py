@@ -5,13 +5,15 @@ from hfvram.answer.supported import SIMULATED_CACHES, SIMULATED_QUANTS
 from hfvram.errors import HfvramError
 from hfvram.memory.attention import implementation
 from hfvram.memory.bitsandbytes import ON_LOADING
-from hfvram.memory.forward import Forward
+from hfvram.memory.forward import ELEMENT_BYTES, Forward
 from hfvram.memory.generation import MEASURED, generation
 from hfvram.memory.mesh import mesh_of
+from hfvram.memory.training.deepspeed import BUCKET_ELEMENTS, auto_bucket
 from hfvram.memory.weights import DEQUANTIZED, packed_bits
 from hfvram.model.architecture import Architecture
 from hfvram.model.layers import Attention
 from hfvram.request import CHOICES, Request
+from hfvram.units import gib
 
 DEFAULT_CTX = 4096
 DEFAULT_NEW_TOKENS = 8
@@ -58,6 +60,8 @@ def resolve(architecture: Architecture, request: Request) -> tuple[Request, list
         warnings.append("expandable segments as PyTorch's source has them, not measured")
     if (gpus := mesh_of(request).gpus) > 1:
         warnings += _several(request, gpus)
+    if request.zero:
+        warnings += _deepspeed(architecture, request, dtype)
     attention = _attention(architecture, request)
     if attention != request.attention:
         warnings.append(
@@ -124,6 +128,21 @@ def _several(request: Request, gpus: int) -> list[str]:
         )
     if request.fsdp and (request.mode == "qlora" or request.quant in ("nf4", "fp4")):
         said.append("4-bit weights packed into the computing dtype, so that FSDP shards them: not measured")
+    return said
+
+
+def _deepspeed(architecture: Architecture, request: Request, dtype: str) -> list[str]:
+    """What is assumed of DeepSpeed: its defaults, and the one dtype that it trains in."""
+    own = dtype if request.mixed_precision == "no" else request.mixed_precision
+    e = ELEMENT_BYTES[own]
+    default, auto = gib(BUCKET_ELEMENTS * e), gib(auto_bucket(architecture.hidden_size) * e)
+    said = [
+        f"DeepSpeed's own defaults: a reduce bucket of 5e8 elements ({default}); reduce_bucket_size auto in a "
+        f"configuration of transformers makes it {auto}",
+        f"DeepSpeed trains in {own} without autocast{', its master weights in fp32' if own != 'fp32' else ''}",
+    ]
+    if request.offload:
+        said.append("CPU memory is per GPU's process: a node takes that of all its GPUs")
     return said
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any, Final
 
+from hfvram.answer.splits import check_splits
 from hfvram.errors import HfvramError, printable
 from hfvram.memory import bitsandbytes
 from hfvram.request import Request
@@ -17,7 +18,7 @@ SUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
     "ep": (1,),
     "cp": (1,),
     "sp": (False,),
-    "zero": (None, 0),
+    "zero": (None, 0, 1, 2, 3),
     "fsdp": (None, "full_shard", "shard_grad_op", "hybrid_shard"),
     "offload": ((),),
 }
@@ -39,8 +40,10 @@ OPTIMIZERS: Final = (
 
 
 def simulated_by_default(request: Request) -> bool:
-    """Whether the exact engine answers where nobody says which: training, and caches that only it knows."""
-    return request.mode != "inference" or request.cache in SIMULATED_CACHES
+    """Whether the exact engine answers where nobody says which: training but for what is
+    DeepSpeed's or offloaded, and caches that only it knows."""
+    training = request.mode != "inference" and not request.zero and not request.offload
+    return training or request.cache in SIMULATED_CACHES
 
 
 def by_code(request: Request) -> bool:
@@ -50,10 +53,11 @@ def by_code(request: Request) -> bool:
 
 def check(request: Request) -> None:
     """Raises `usage` for what this version can't answer, and for training options of an inference request."""
+    check_splits(request)
     for name, values in SUPPORTED.items():
         value = getattr(request, name)
-        if name == "gpus" and request.mode != "inference":
-            continue  # the rest trains data parallel
+        if name in ("gpus", "offload") and request.mode != "inference":
+            continue  # the rest trains data parallel; `splits` says what is moved
         if request.method == "simulate" and (name in BY_SIMULATE or (name == "cache" and value in SIMULATED_CACHES)):
             continue
         if value not in values:

@@ -71,17 +71,23 @@ def param_bytes(param: Param, dtype: str, quant: str, double_quant: bool) -> tup
     return ((nbytes, {"buffer": BUFFERS, "adapter": ADAPTER}.get(param.kind, WEIGHTS)),)
 
 
-def sharded(param: Param, ranks: int) -> Param:
-    """What the first of several ranks holds of a parameter that is split along its first dimension, as FSDP2 does.
+def sharded(param: Param, ranks: int, flat: bool = False) -> Param:
+    """What the first of several ranks holds of a parameter that is split along its first dimension, as FSDP2 does, or
+    flat, as ZeRO-3 does.
 
     >>> sharded(Param("x.weight", (10, 8)), 4).shape
     (3, 8)
     """
-    return replace(param, shape=(-(-param.shape[0] // ranks), *param.shape[1:])) if ranks > 1 else param
+    if ranks == 1:
+        return param
+    rows = (-(-param.numel // ranks),) if flat else (-(-param.shape[0] // ranks), *param.shape[1:])
+    return replace(param, shape=rows)
 
 
 @lru_cache(maxsize=1024)
-def standing(architecture: Architecture, dtype: str, quant: str, double_quant: bool, ranks: int = 1) -> Standing:
+def standing(
+    architecture: Architecture, dtype: str, quant: str, double_quant: bool, ranks: int = 1, flat: bool = False
+) -> Standing:
     """Every tensor that stands before the first token, of `ranks` that share every parameter on the first.
 
     Where the checkpoint is quantized and its headers are known, those are its tensors, byte for byte.
@@ -94,7 +100,7 @@ def standing(architecture: Architecture, dtype: str, quant: str, double_quant: b
     left_alone, kept_wide = chosen(skipped), chosen(architecture.fp32_in_fp16)
     for param in architecture.all_params:
         if param.kind != "buffer":
-            param = sharded(param, ranks)
+            param = sharded(param, ranks, flat)
         wide = bool(architecture.fp32_in_fp16) and kept_wide(param.name)  # and never quantized (quantizers/base.py)
         left = wide or (bool(skipped) and left_alone(param.name))
         own = "fp32" if wide and dtype == "fp16" else dtype

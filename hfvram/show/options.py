@@ -70,7 +70,7 @@ GROUPS = (
         ("--sp", "", "Megatron's sequence parallelism"),
         ("--zero", "STAGE", "DeepSpeed ZeRO: 0, 1, 2, 3"),
         ("--fsdp", "", "FSDP"),
-        ("--offload", "WHAT", "to CPU memory: optimizer, params, activations, experts, layers"),
+        ("--offload", "WHAT", "to CPU memory: optimizer, params, activations, experts, layers (or optimizer=nvme)"),
     )),
     Group("Engines", (
         ("--engine", "", "what runs it"),

@@ -7,7 +7,8 @@
 - `operators`, `scaled_dot_product`: PyTorch's operators, each with its gradient.
 - `blocks`, `rotary`, `attention`, `feed_forward`, `decoder`: layers and models, in the words of their code.
 - `states`, `step`: parameters as leaves, clipping, optimizers. `stretch`: repeated layers are written five times.
-- `data_parallel`: what happens around layers on several GPUs; `fsdp`, `ddp`: what it is.
+- `data_parallel`: what happens around layers on several GPUs; `fsdp`, `ddp`, `zero` (with
+  `deepspeed`, its defaults): what it is.
 - `train`: two steps; `timeline(architecture, request)` is the entrance.
 
 A new kind of layer is a function `(t: Tape, part, w: Weights, x: Tensor, around: Surroundings) -> Tensor` that reads

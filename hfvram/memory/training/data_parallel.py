@@ -6,8 +6,12 @@ arrived, and when a backward pass is over; it says what clipping and the optimiz
 
 from collections.abc import Iterable
 
+from hfvram.memory.mesh import mesh_of
 from hfvram.memory.timeline import Timeline
+from hfvram.memory.training.optimizers import Optimizer, in_layers, kept_bytes, managed_bytes
 from hfvram.memory.training.states import Blocks, Leaf, States
+from hfvram.memory.training.step import clip
+from hfvram.memory.training.stretch import TEMPLATE, copies
 from hfvram.memory.training.tape import Parameter, Tape
 from hfvram.memory.training.tensors import Tensor
 from hfvram.request import Request
@@ -44,12 +48,30 @@ class Units:
     def end_backward(self) -> None:
         """The backward pass is over."""
 
+    def clip(self, tensors: int) -> None:
+        """Gradients are clipped; the model has that many `tensors`."""
+        clip(self.tape, self.leaves, tensors)
+
+    def step(self, optimizer: Optimizer) -> None:
+        """The optimizer updates what this GPU updates."""
+        optimizer.step(self.tape, self.leaves)
+
     def forget_gradients(self) -> None:
         """The optimizer's `zero_grad`, in the order of its parameters."""
-        from hfvram.memory.training.optimizers import in_layers
-
         for leaf in in_layers(self.tape, self.leaves):
             leaf.node.grad = None  # type: ignore[union-attr]
+
+    def count(self, optimizer: Optimizer, groups: int) -> None:
+        """Gradients and states in raw sizes, and the parameters that they are of, in all layers."""
+        t = self.tape.timeline
+        for leaf in self.states.trained():
+            t.trainable_parameters += (copies(groups) if leaf.segment == TEMPLATE else 1) * leaf.tensor.numel
+        for leaf in self.leaves:
+            times = copies(groups) if leaf.segment == TEMPLATE else 1
+            managed = managed_bytes(optimizer.name, leaf.tensor.numel)
+            t.gradients_bytes += times * leaf.tensor.nbytes
+            t.managed_bytes += times * managed
+            t.optimizer_bytes += times * (kept_bytes(optimizer.kept, leaf) + managed)
 
 
 def units(t: Tape, states: States, request: Request, groups: int) -> Units:
@@ -58,7 +80,11 @@ def units(t: Tape, states: States, request: Request, groups: int) -> Units:
         from hfvram.memory.training.fsdp import Fsdp
 
         return Fsdp(t, states, request)
-    if (request.gpus or 1) > 1:
+    if request.zero:
+        from hfvram.memory.training.zero import Zero
+
+        return Zero(t, states, request, groups)
+    if mesh_of(request).data > 1:
         from hfvram.memory.training.ddp import Ddp
 
         return Ddp(t, states, request, groups)

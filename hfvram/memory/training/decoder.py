@@ -110,7 +110,23 @@ def decode(
 
 def _checkpointed(t: Tape, layer: Layer, blocks: Blocks, hidden: Tensor, around: Surroundings) -> Tensor:
     around = around.of(layer)
+    if "activations" in around.request.offload:
+        return _offloaded(t, layer, blocks, [hidden], around)
     return t.checkpoint(lambda: _whole(t, layer, blocks, hidden, around))
+
+
+def _offloaded(t: Tape, layer: Layer, blocks: Blocks, place: list[Tensor], around: Surroundings) -> Tensor:
+    """A checkpointed layer whose input lies in CPU memory until it is computed again (`save_on_cpu`)."""
+    shape, dtype, node = place[0].shape, place[0].dtype, place[0].node
+    t.moved[id(blocks)] = (t.segment, place[0].nbytes)
+
+    def run() -> Tensor:
+        if not place:
+            place.append(t.new(shape, dtype, None, HIDDEN))
+            place[0].node = node
+        return _whole(t, layer, blocks, place.pop(), around)
+
+    return t.checkpoint(run)
 
 
 def _whole(t: Tape, layer: Layer, blocks: Blocks, hidden: Tensor, around: Surroundings) -> Tensor:

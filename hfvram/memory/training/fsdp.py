@@ -9,10 +9,13 @@ from collections.abc import Iterable
 from typing import Final
 
 from hfvram.errors import HfvramError
+from hfvram.memory.mesh import mesh_of
 from hfvram.memory.timeline import Tag
 from hfvram.memory.training.blocks import unknown
 from hfvram.memory.training.data_parallel import Units, on_stream
+from hfvram.memory.training.optimizers import Optimizer
 from hfvram.memory.training.states import Blocks, Leaf, States
+from hfvram.memory.training.stretch import TEMPLATE, copies
 from hfvram.memory.training.tape import GRADIENTS, Saved, Tape
 from hfvram.memory.training.tensors import ITEM_BYTES, Storage, Tensor, contiguous
 from hfvram.memory.weights import sharded
@@ -25,26 +28,34 @@ GATHERING = Tag("all-gather of FSDP", "workspace", "", f"{COLLECTIVES} foreach_a
 WHOLE = Tag("gradients before FSDP's reduce-scatter", "gradients", "", PARAM_GROUP)
 REDUCED = Tag("gradients in FSDP's reduce-scatter", "gradients", "", f"{COLLECTIVES} foreach_reduce")
 
+OFFLOAD: Final = "PyTorch 2.11: _fully_shard/_fsdp_api.py CPUOffloadPolicy"
+SHARDS = Tag("parameters, one part of n, pinned", "weights", "", OFFLOAD, "exact")
+SENT = Tag("gradients, one part of n, pinned", "gradients", "", OFFLOAD, "exact")
+STATES = Tag("optimizer states", "optimizer", "", OFFLOAD, "exact")
+
 COPY_IN, REDUCE_SCATTER, ALL_REDUCE = 1, 3, 4
 """Streams, in the order in which `FSDPCommContext` makes them; what is gathered lies in the pool of the first."""
 GPUS_A_NODE: Final = 8
 
 
-def mesh(gpus: int, hybrid: bool) -> tuple[int, int]:
-    """Replicas and shards; hybrid shards within a node of eight GPUs and replicates over nodes. Raises `usage`.
+def replicas_and_shards(request: Request) -> tuple[int, int]:
+    """How often each parameter is held, and in how many parts: `hybrid_shard` shards within a node of eight GPUs and
+    replicates over nodes. Raises `usage`.
 
-    >>> mesh(16, False), mesh(16, True), mesh(4, True)
-    ((1, 16), (2, 8), (1, 4))
+    >>> [replicas_and_shards(Request(gpus=n, fsdp="hybrid_shard")) for n in (4, 16)]
+    [(1, 4), (2, 8)]
     """
-    if not hybrid:
-        return 1, gpus
-    if gpus > GPUS_A_NODE and gpus % GPUS_A_NODE:
+    found = mesh_of(request)
+    if request.fsdp != "hybrid_shard":
+        return 1, found.data
+    node = max(1, GPUS_A_NODE // found.model)
+    if found.data > node and found.data % node:
         raise HfvramError(
             "usage",
-            f"--gpus {gpus}: --fsdp hybrid_shard shards within nodes of {GPUS_A_NODE}, "
-            f"valid are up to {GPUS_A_NODE} and its multiples",
+            f"--gpus {found.gpus}: --fsdp hybrid_shard shards within nodes of {GPUS_A_NODE}, "
+            f"valid are up to {node * found.model} and its multiples",
         )
-    return max(1, gpus // GPUS_A_NODE), min(gpus, GPUS_A_NODE)
+    return max(1, found.data // node), min(found.data, node)
 
 
 class Unit:
@@ -75,9 +86,11 @@ class Fsdp(Units):
 
     def __init__(self, t: Tape, states: States, request: Request) -> None:
         super().__init__(t, states)
-        _, self.ranks = mesh(request.gpus or 1, request.fsdp == "hybrid_shard")
+        _, self.ranks = replicas_and_shards(request)
         self.hybrid = request.fsdp == "hybrid_shard"
         self.reshards = request.fsdp != "shard_grad_op"
+        self.away = "params" in request.offload
+        """`CPUOffloadPolicy`: shards, gradients and the optimizer are the CPU's."""
         self.low = None if request.mixed_precision == "no" else request.mixed_precision
         self.wide = "fp32" if self.low else None
         """The dtype that gradients are reduced in, where it is not their own."""
@@ -160,9 +173,21 @@ class Fsdp(Units):
         flat = [self.low or leaf.tensor.dtype for leaf in unit.leaves if self.cast[leaf]]
         total = sum(self._gathered_bytes(leaf) for leaf in unit.leaves)
         own = sum(self._gathered_bytes(leaf) for leaf in unit.leaves if self.cast[leaf]) // self.ranks
-        copied = self._alloc(own, GATHERING, COPY_IN) if flat else None
+        if self.away:
+            copied = [self._from_cpu(leaf, shard) for leaf, shard in zip(unit.leaves, unit.shards, strict=True)]
+        else:
+            copied = [self._alloc(own, GATHERING, COPY_IN)] if flat else []
         unit.output = self._alloc(total, GATHERING, COPY_IN)
+        self.tape.timeline.free(*copied)
+
+    def _from_cpu(self, leaf: Leaf, shard: Leaf) -> int:
+        """A shard on the GPU, cast where it must be."""
+        copied = self._alloc(shard.tensor.nbytes, GATHERING, COPY_IN)
+        if not self.cast[leaf]:
+            return copied
+        cast = self._alloc(self._gathered_bytes(leaf) // self.ranks, GATHERING, COPY_IN)
         self._free(copied)
+        return cast
 
     def _wait(self, unit: Unit, forward: bool) -> None:
         """Its parameters are copied out of the all-gather."""
@@ -233,7 +258,7 @@ class Fsdp(Units):
             unit.reduced = output
         if dtype != own:
             output = self._flat(numel, own, GRADIENTS, ALL_REDUCE if self.hybrid else REDUCE_SCATTER)
-        for _, shard in found:
+        for _, shard in [] if self.away else found:
             x = shard.tensor
             shard.node.grad = Tensor(output.storage, x.shape, x.strides, own)  # type: ignore[union-attr]
         del output, grad
@@ -247,6 +272,27 @@ class Fsdp(Units):
         self.order.clear()
         self._free(self.input)
         self.input = None
+
+    def clip(self, tensors: int) -> None:
+        if not self.away:
+            super().clip(tensors)
+
+    def step(self, optimizer: Optimizer) -> None:
+        if not self.away:
+            super().step(optimizer)
+
+    def count(self, optimizer: Optimizer, groups: int) -> None:
+        super().count(optimizer, groups)
+        if not self.away:
+            return
+        t = self.tape.timeline
+        for leaf in (x for unit in self._all() for x in unit.shards):
+            times = copies(groups) if leaf.segment == TEMPLATE else 1
+            t.elsewhere.append(("cpu", SHARDS, times * leaf.tensor.nbytes))
+            if leaf.node:
+                states = times * optimizer.state_bytes([leaf])
+                t.optimizer_bytes += states
+                t.elsewhere += [("cpu", SENT, times * leaf.tensor.nbytes), ("cpu", STATES, states)]
 
     # -- memory ------------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from typing import Final
 
 from hfvram.memory import bitsandbytes
 from hfvram.memory.bitsandbytes import PAGED_STATE, SMALL_STATE, STATE_BLOCK
-from hfvram.memory.timeline import Tag
+from hfvram.memory.timeline import Standing, Tag, Timeline
 from hfvram.memory.training.blocks import unknown
 from hfvram.memory.training.states import Leaf
 from hfvram.memory.training.tape import Tape
@@ -69,6 +69,19 @@ class Optimizer:
     def step(self, t: Tape, leaves: list[Leaf]) -> None:
         """Update every leaf."""
         STEPS[self.name](t, leaves, self.kept)
+
+    def step_of(self, t: Tape, leaf: Leaf) -> None:
+        """Update one leaf alone."""
+        kept = {leaf: self.kept[leaf]} if leaf in self.kept else {}
+        STEPS[self.name](t, [leaf], kept)
+        self.kept |= kept
+
+    def state_bytes(self, leaves: list[Leaf]) -> int:
+        """What its states of these leaves come to, without keeping any."""
+        t = Tape(Timeline(Standing(())))
+        found = Optimizer(self.name, t, leaves)
+        found.step(t, leaves)
+        return sum(kept_bytes(found.kept, x) + managed_bytes(self.name, x.tensor.numel) for x in leaves)
 
 
 def _state(t: Tape, leaf: Leaf, tag: Tag) -> Tensor:

@@ -115,6 +115,8 @@ class Tape:
         self.autocast: str | None = None
         self.casts: dict[Node, Tensor] = {}
         self.gradients = GRADIENTS
+        self.moved: dict[int, tuple[int | None, int]] = {}
+        """Inputs of layers that are moved to CPU memory: the layer's number, bytes."""
         self.units: Units | None = None
         """What is told of layers and gradients, where several GPUs train."""
 

@@ -10,15 +10,15 @@ from hfvram.errors import HfvramError
 from hfvram.memory.forward import Forward
 from hfvram.memory.generation import generation
 from hfvram.memory.inference import symbols
-from hfvram.memory.timeline import Tag, Timeline
+from hfvram.memory.mesh import mesh_of
+from hfvram.memory.timeline import Standing, Tag, Timeline
 from hfvram.memory.training import operators as op
 from hfvram.memory.training.blocks import unknown
 from hfvram.memory.training.data_parallel import Units, units
 from hfvram.memory.training.decoder import forward
-from hfvram.memory.training.fsdp import mesh
-from hfvram.memory.training.optimizers import Optimizer, kept_bytes, managed_bytes
-from hfvram.memory.training.states import Leaf, States, single_stack
-from hfvram.memory.training.step import clip
+from hfvram.memory.training.fsdp import replicas_and_shards
+from hfvram.memory.training.optimizers import Optimizer
+from hfvram.memory.training.states import States, single_stack
 from hfvram.memory.training.stretch import TEMPLATE, copies, plan, stretch
 from hfvram.memory.training.tape import FLOWING, SCRATCH, Tape
 from hfvram.memory.training.tensors import Tensor
@@ -29,6 +29,7 @@ from hfvram.request import Request
 
 STEPS = 2
 SCALE = Tag("loss scale", "activations", "4", "PyTorch 2.11: torch/amp/grad_scaler.py")
+INPUTS = Tag("inputs of layers", "activations", "b·s·h·e", "PyTorch 2.11: autograd/graph.py save_on_cpu")
 IDS = Tag("token ids", "inputs", "b·s·8", "the batch", "exact")
 
 
@@ -42,8 +43,8 @@ def timeline(architecture: Architecture, request: Request, on_meta: bool = False
     layers, groups = plan(architecture.text.layers)
     if whole:
         layers, groups = [(x, None) for x in architecture.text.layers], 0
-    ranks = mesh(request.gpus or 1, request.fsdp == "hybrid_shard")[1] if request.fsdp else 1
-    t = Timeline(standing(architecture, request.dtype, "none", False, ranks))
+    request = precision(request)
+    t = Timeline(stands(architecture, request))
     tape = Tape(t, generation(request.compute_capability), on_meta)
     ids = tape.new((request.batch, request.ctx or 1), "int64", None, IDS)
     states = States(architecture, request.dtype, layers)
@@ -54,10 +55,34 @@ def timeline(architecture: Architecture, request: Request, on_meta: bool = False
     _steps(tape, architecture, states, layers, ids, optimizer, parts, request)
     t.events = t.events[:]  # what dies with this function is no part of the run
     t.symbols = symbols(architecture, Forward(batch=request.batch, tokens=request.ctx or 1, dtype=request.dtype))
-    _count(t, states.trained(), parts.leaves, optimizer, groups)
+    parts.count(optimizer, groups)
+    for segment, nbytes in tape.moved.values():
+        t.elsewhere += [("cpu", INPUTS, nbytes)] * (copies(groups) if segment == TEMPLATE else 1)
     if groups:
         return stretch(t, tape.segments, groups) or timeline(architecture, request, on_meta, whole=True)
     return t
+
+
+def precision(request: Request) -> Request:
+    """DeepSpeed casts the whole model to the precision that it trains in: no autocast, and masters in fp32."""
+    if not request.zero:
+        return request
+    dtype = request.dtype if request.mixed_precision == "no" else request.mixed_precision
+    return request.with_(dtype=dtype, mixed_precision="no", adapter_dtype=dtype)
+
+
+def stands(architecture: Architecture, request: Request) -> Standing:
+    """The weights that one GPU holds."""
+    ranks = mesh_of(request).data
+    flat = request.zero == 3
+    if request.fsdp:
+        _, ranks = replicas_and_shards(request)
+    elif not flat:
+        ranks = 1
+    found = standing(architecture, request.dtype, "none", False, ranks, flat)
+    if {"params", "params=nvme"} & set(request.offload):
+        return Standing(tuple(x for x in found.tensors if x[1].category == "buffers"))
+    return found
 
 
 def refuse(architecture: Architecture, request: Request) -> None:
@@ -91,7 +116,7 @@ def _steps(
     parts: Units,
     request: Request,
 ) -> None:
-    t, leaves = tape.timeline, parts.leaves
+    t = tape.timeline
     precision = None if request.mixed_precision == "no" or request.fsdp else request.mixed_precision
     scale = tape.new((), "fp32", None, SCALE) if precision == "fp16" else None
     tensors = sum(p.kind != "buffer" for p in architecture.all_params)
@@ -114,9 +139,9 @@ def _steps(
             _label(t, range(before, len(t.sizes)), "recomputed")
             del loss, logits, scaled
         tape.mark("clipping")
-        clip(tape, leaves, tensors)
+        parts.clip(tensors)
         tape.mark("optimizer step")
-        optimizer.step(tape, leaves)
+        parts.step(optimizer)
         parts.forget_gradients()
     tape.mark("end")
 
@@ -130,15 +155,3 @@ def _label(t: Timeline, handles: Iterable[int], what: str) -> None:
             if tag not in labelled:
                 labelled[tag] = tag._replace(name=f"{tag.name} ({what})")
             tags[handle] = labelled[tag]
-
-
-def _count(t: Timeline, trained: list[Leaf], leaves: list[Leaf], optimizer: Optimizer, groups: int) -> None:
-    """Gradients and states in raw sizes, and the parameters that they are of, in all layers."""
-    for leaf in trained:
-        t.trainable_parameters += (copies(groups) if leaf.segment == TEMPLATE else 1) * leaf.tensor.numel
-    for leaf in leaves:
-        times = copies(groups) if leaf.segment == TEMPLATE else 1
-        managed = managed_bytes(optimizer.name, leaf.tensor.numel)
-        t.gradients_bytes += times * leaf.tensor.nbytes
-        t.managed_bytes += times * managed
-        t.optimizer_bytes += times * (kept_bytes(optimizer.kept, leaf) + managed)

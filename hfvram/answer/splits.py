@@ -1,0 +1,50 @@
+"""Which ways to share a training over GPUs and CPU memory go together. What doesn't is a usage error that says what
+would; whether layers and sizes divide is checked where they are split."""
+
+from typing import Final
+
+from hfvram.errors import HfvramError
+from hfvram.request import Request
+
+TRAINING_OFFLOADS: Final = ("optimizer", "optimizer=nvme", "params", "params=nvme", "activations")
+"""What `--offload` moves while training; the rest is for inference."""
+SHARDS: Final = "--zero 1, 2 or 3, or --fsdp"
+
+
+def check_splits(request: Request) -> None:
+    """Raises `usage` for what does not go together."""
+    zero, offload = request.zero or 0, set(request.offload)
+    if request.mode == "inference":
+        if zero:
+            raise _usage("--zero is for training, --mode inference has no use for it")
+        return
+    if zero and request.fsdp:
+        raise _usage(f"--zero {zero} and --fsdp {request.fsdp} both shard: valid is one of them")
+    if request.method == "simulate" and (zero or offload):
+        what = f"--zero {zero}" if zero else f"--offload {','.join(request.offload)}"
+        raise _usage(f"{what} has no exact engine: valid is --method formula")
+    if request.fsdp and request.gpus == 1:
+        raise _usage(f"--fsdp {request.fsdp} shards over several GPUs: valid are --gpus 2 and more")
+    if other := offload - set(TRAINING_OFFLOADS):
+        raise _usage(
+            f"--offload {','.join(sorted(other))} is not supported yet: this version answers --offload "
+            f"{', '.join(TRAINING_OFFLOADS)} while training"
+        )
+    for what in ("optimizer", "params"):
+        if {what, f"{what}=nvme"} <= offload:
+            raise _usage(f"--offload {what} and {what}=nvme: valid is one of them")
+    if {"optimizer", "optimizer=nvme"} & offload and not zero:
+        valid = "--offload params, which takes the optimizer with it" if request.fsdp else "--zero 1, 2 or 3"
+        raise _usage(f"--offload optimizer is DeepSpeed's: valid with {valid}")
+    if "optimizer=nvme" in offload and zero < 3:
+        raise _usage(f"--offload optimizer=nvme with --zero {zero}: NVMe needs --zero 3")
+    if {"params", "params=nvme"} & offload and zero < 3 and not request.fsdp:
+        raise _usage("--offload params needs parameters that are sharded: valid with --zero 3 or --fsdp")
+    if "params=nvme" in offload and not zero:
+        raise _usage("--offload params=nvme is DeepSpeed's: valid with --zero 3")
+    if "activations" in offload and not request.gradient_checkpointing:
+        raise _usage("--offload activations moves the inputs of checkpointed layers: add --gradient-checkpointing")
+
+
+def _usage(message: str) -> HfvramError:
+    return HfvramError("usage", message)
