@@ -106,11 +106,12 @@ class ChunkScan(torch.autograd.Function):  # type: ignore[misc]
         out, _, decays, last = forward_chunks(tune, x, B, q)
         ctx.save_for_backward(out, x, dt, decays, A, B, C, D, bias)
         ctx.q, ctx.tune = q, tune
+        ctx.set_materialize_grads(False)
         return out, last
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        _, x, dt, _, A, B, C, D, bias = ctx.saved_tensors
+        _out, x, dt, _decays, A, B, C, D, bias = ctx.saved_tensors
         grads = backward_chunks(ctx.tune, x, dt, A, B, C, D, bias, ctx.q, (None,) * 4)
         return (*grads, None, None)
 
@@ -166,7 +167,7 @@ class SplitScan(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
-        projected, conv, conv_bias, out, A, D, bias, norm, _, out_proj = ctx.saved_tensors
+        projected, conv, conv_bias, out, A, D, bias, norm, _scale, out_proj = ctx.saved_tensors
         p, g, q = ctx.sizes
         (b, s, _), h = projected.shape, A.shape[0]
         again = empty(b, s, h * p, dtype=out.dtype)

@@ -38,11 +38,12 @@ class SelectiveScan(torch.autograd.Function):  # type: ignore[misc]
         out, states = torch.empty_like(delta), scan_states(u, A)
         gated = alike(z)
         ctx.save_for_backward(u, delta, A, B, C, D, z, bias, states, out)
+        ctx.set_materialize_grads(False)
         return (out if z is None else gated), states[:, :, -1, 1::2]
 
     @staticmethod
     def backward(ctx: Any, grad: Any, _: Any) -> Any:
-        u, delta, A, B, C, D, z, bias, _, _ = ctx.saved_tensors
+        u, delta, A, B, C, D, z, bias, _states, _out = ctx.saved_tensors
         last_contiguous(grad)
         first = [alike(t) for t in (u, delta, A)]
         wide = [torch.empty_like(t, dtype=torch.float32) for t in (B, C)]
@@ -141,9 +142,21 @@ def inner(run: "Run") -> Callable[..., Any]:
     """`mamba_inner_fn` of this run, which knows whether autocast is on."""
 
     def mamba_inner(
-        xz: Any, conv: Any, conv_bias: Any, x_proj: Any, dt_proj: Any, out_proj: Any, _: Any, A: Any, *__: Any, **k: Any
+        xz: Any,
+        conv: Any,
+        conv_bias: Any,
+        x_proj: Any,
+        dt_proj: Any,
+        out_proj: Any,
+        out_proj_bias: Any,
+        A: Any,
+        B: Any = None,
+        C: Any = None,
+        D: Any = None,
+        delta_bias: Any = None,
+        **_: Any,
     ) -> Any:
         low = run.autocast.dtype if run.autocast.on else None
-        return MambaInner.apply(xz, conv, conv_bias, x_proj, dt_proj, out_proj, A, k.get("D"), k.get("delta_bias"), low)
+        return MambaInner.apply(xz, conv, conv_bias, x_proj, dt_proj, out_proj, A, D, delta_bias, low)
 
     return mamba_inner

@@ -13,6 +13,7 @@ from hfvram.memory.training.attention import attention
 from hfvram.memory.training.blocks import DROPPED, HIDDEN, normalize, unknown
 from hfvram.memory.training.feed_forward import feed_forward
 from hfvram.memory.training.kinds import kind_of
+from hfvram.memory.training.state_space import state_space
 from hfvram.memory.training.states import Blocks, States, Weights
 from hfvram.memory.training.surroundings import POSITIONS, Surroundings, counted, positions, surround
 from hfvram.memory.training.tape import Tape
@@ -41,8 +42,11 @@ def forward(
     hidden = decode(t, architecture, states, layers, ids, request)
     table = states.head[0].tensor if states.head else states.before[0].tensor
     bias = states.head[1].tensor if len(states.head) > 1 else None
-    logits = op.linear(t, hidden, table, bias, LOGITS)
     kind = kind_of(architecture)
+    if kind.wide_logits:
+        logits = op.to(t, op.linear(t, op.to(t, hidden, table.dtype, HIDDEN), table, bias, LOGITS), "fp32", WIDE_LOGITS)
+    else:
+        logits = op.linear(t, hidden, table, bias, LOGITS)
     if kind.multiplied or kind.scaled_logits:
         logits = op.scale(t, logits, LOGITS)
     if architecture.logits_softcap:
@@ -207,6 +211,7 @@ LAYERS: Final[dict[str, Callable[[Tape, Layer, Blocks, Tensor, Surroundings], Te
     "with alibi": gpt.with_alibi,
     "one norm": one_norm,
     "flattened": opt.flattened,
+    "state space": state_space,
 }
 
 

@@ -32,7 +32,9 @@ class Kind:
     """How a type's code differs from Llama's."""
 
     norm: NormCode = "weight last"
-    layer: Literal["residual", "held output", "two branches", "with alibi", "one norm", "flattened"] = "residual"
+    layer: Literal["residual", "held output", "two branches", "with alibi", "one norm", "flattened", "state space"] = (
+        "residual"
+    )
     sums: Literal["branches first", "residual first"] = "residual first"
     """What a layer of two branches over one norm adds up first."""
     embedding: Literal["tokens", "positions", "late positions", "normed", "late norm", "counted ones"] = "tokens"
@@ -56,6 +58,8 @@ class Kind:
     multiplied: bool = False
     """So are what joins the residual, and the logits."""
     scaled_logits: bool = False
+    wide_logits: bool = False
+    """The model hands out logits in fp32, of hidden states cast to the head's dtype."""
     rotates: Rotation = "whole"
     angles: Literal["once", "by layer type"] = "once"
     far: bool = False
@@ -74,6 +78,8 @@ class Kind:
 
 _LLAMA = Kind()
 _GEMMA = Kind(norm="plus one", scaled=True)
+
+_MAMBA = Kind(norms="first", layer="state space", counts=False, wide_logits=True)
 
 KINDS: Final[dict[str, Kind]] = {
     "llama": _LLAMA,
@@ -94,6 +100,9 @@ KINDS: Final[dict[str, Kind]] = {
     "gemma": _GEMMA,
     "gemma2": _GEMMA,
     "gemma3_text": Kind(norm="plus one", scaled=True, masks="both", angles="by layer type", qk="all projected"),
+    "mamba": _MAMBA,
+    "mamba2": _MAMBA,
+    "falcon_mamba": _MAMBA,
     "smollm3": _LLAMA,
     "opt": Kind(layer="flattened", embedding="counted ones", counts=False, norms="after each", final_first=True),
     "ministral": Kind(masks="both"),

@@ -32,6 +32,18 @@ def first(grads: Grads) -> Tensor:
     return grad
 
 
+def there(*saved: Tensor | None) -> list[Tensor]:
+    """Of what was saved, the tensors that are there."""
+    return [x for x in saved if x is not None]
+
+
+def only(grads: Grads) -> Tensor:
+    """The same, taken: a function written in Python lets go of it as it returns."""
+    grad = grads.pop()
+    assert grad is not None
+    return grad
+
+
 # -- views -----------------------------------------------------------------------------------------------------------
 
 

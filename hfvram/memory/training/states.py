@@ -47,6 +47,10 @@ class Weights:
         """The next parameter that is no norm's."""
         return self.rest.pop().tensor
 
+    def bias(self) -> Tensor | None:
+        """The next parameter if it is a bias."""
+        return self.take() if self.rest and self.rest[-1].param.kind == "bias" else None
+
     def linear(self, t: Tape, x: Tensor, tag: Tag | None = None) -> Tensor:
         """The next linear layer over x: its weight and, where it has one, its bias."""
         kinds = [leaf.param.kind for leaf in self.rest[-2:]]
