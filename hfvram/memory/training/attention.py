@@ -8,6 +8,7 @@ from hfvram.memory.training import operators as op
 from hfvram.memory.training.blocks import DROPPED, LLAMA, ROTARY, normalize, unknown
 from hfvram.memory.training.rotary import ROTATE, far, rotate
 from hfvram.memory.training.scaled_dot_product import attention as scaled_dot_product
+from hfvram.memory.training.scaled_dot_product import flash
 from hfvram.memory.training.states import Weights
 from hfvram.memory.training.surroundings import Surroundings
 from hfvram.memory.training.tape import Tape
@@ -19,6 +20,8 @@ QUERY = Tag("queries", "activations", "b·s·a·d·e", LLAMA)
 KEY_VALUE = Tag("keys and values", "activations", "b·s·a_kv·d·e", LLAMA)
 OUT = Tag("attention output", "activations", "b·s·a·d·e", SDPA)
 REPEATED = Tag("keys and values repeated for every head", "activations", "b·s·a·d·e", SDPA)
+FLASH = "flash_attention_2"
+PACKED = Tag("positions", "activations", "s·8", "transformers 5.17: modeling_flash_attention_utils.py")
 EAGER = "transformers 5.17: eager_attention_forward"
 SCORES = Tag("attention scores", "activations", "b·a·s·s·e", EAGER)
 WIDE_SCORES = Tag("attention scores in fp32", "activations", "b·a·s·s·4", EAGER)
@@ -133,6 +136,8 @@ def _norm_heads(t: Tape, x: Tensor, w: Weights, around: Surroundings) -> Tensor:
 def attend(t: Tape, part: Attention, q: Tensor, k: Tensor, v: Tensor, around: Surroundings) -> Attended:
     """The attention itself of (b, heads, s, d) tensors; out comes (b, s, heads, d)."""
     bias = around.masks.get(part.window)
+    if around.request.attention == FLASH:
+        return _flash(t, q, k, v, around), None
     if around.eager(part):
         return _eager(t, part, q, k, v, bias, around)
     grouped = part.heads != part.kv_heads
@@ -142,6 +147,34 @@ def attend(t: Tape, part: Attention, q: Tensor, k: Tensor, v: Tensor, around: Su
     p = around.dropout.attention
     out = scaled_dot_product(t, q, k, v, bias, causal=bias is None and part.causal, gqa=grouped, p=p, tag=OUT)
     return op.dense(t, op.transpose(t, out, 1, 2), OUT), None
+
+
+def _flash(t: Tape, q: Tensor, k: Tensor, v: Tensor, around: Surroundings) -> Tensor:
+    """flash-attn's kernel over sequences of one length, once it has been looked whether they are packed."""
+    q, k, v = op.low(t, q), op.low(t, k), op.low(t, v)
+    packed = _looks_packed(t, q, around) if around.kind.layers_count else None
+    out = op.transpose(t, flash(t, q, k, v, OUT), 1, 2)
+    del packed
+    return out
+
+
+def _looks_packed(t: Tape, q: Tensor, around: Surroundings) -> Tensor | None:
+    """Whether a single sequence's positions are those of several: the answer is kept through the attention."""
+    b, s = q.shape[0], q.shape[2]
+    count = t.new((s,), "int64", None, PACKED)
+    least = t.new((), "int64", None, PACKED)
+    rising = t.new((s,), "int64", None, PACKED)
+    del count, least
+    if b > 1:
+        return None
+    steps = t.new((1, s), "int64", None, PACKED)
+    sizes = t.new((1, s), "int64", None, PACKED)
+    del steps
+    total = t.new((), "int64", None, PACKED)
+    del sizes
+    found = t.new((), "bool", None, PACKED)
+    del total, rising
+    return found
 
 
 def repeat(t: Tape, x: Tensor, part: Attention) -> Tensor:

@@ -46,6 +46,8 @@ class Kind:
     """Queries, keys and values of a head lie side by side."""
     counts: bool = True
     """Positions are counted, and looked through for packed sequences."""
+    layers_count: bool = True
+    """Layers are given the positions, through which flash attention looks again."""
     transposed: bool = False
     """Linear layers are `Conv1D`."""
     own_softmax: bool = False
@@ -94,7 +96,9 @@ KINDS: Final[dict[str, Kind]] = {
     "olmo2": Kind(norm="weight in fp32", rotates="fp32"),
     "seed_oss": Kind(drops_inside=True),
     "gpt2": Kind(norms="between", layer="held output", embedding="positions", transposed=True, own_softmax=True),
-    "gpt_bigcode": Kind(norms="between", layer="held output", embedding="late positions", interleaved=True),
+    "gpt_bigcode": Kind(
+        norms="between", layer="held output", embedding="late positions", interleaved=True, layers_count=False
+    ),
     "gpt_neox": Kind(norms="first", layer="two branches"),
     "bloom": Kind(norms="between", layer="with alibi", embedding="normed", counts=False),
     "gemma": _GEMMA,
@@ -106,7 +110,7 @@ KINDS: Final[dict[str, Kind]] = {
     "smollm3": _LLAMA,
     "opt": Kind(layer="flattened", embedding="counted ones", counts=False, norms="after each", final_first=True),
     "ministral": Kind(masks="both"),
-    "ministral3": Kind(far=True),
+    "ministral3": Kind(far=True, layers_count=False),
     "hunyuan_v1_dense": Kind(qk="rotated"),
     "nanochat": Kind(norm="no weight", rotates="back", qk="rotated", embedding="late norm"),
     "olmo": Kind(norm="wide", rotates="fp32", projects="first"),

@@ -63,6 +63,17 @@ def attention(
     return _fused(t, q, k, v, None if bias is None else _bias(t, bias, q), kernel, tag)
 
 
+def flash(t: Tape, q: Tensor, k: Tensor, v: Tensor, tag: Tag | None = None) -> Tensor:
+    """The flash-attn package's kernel, which allocates as PyTorch's copy of it does.
+
+    Source: flash-attn 2.8, flash_attn_interface.py, csrc/flash_api.cpp; as `memory/exact/flash_attention.py` has it.
+    """
+    d = q.shape[-1]
+    if d % 8:
+        q, k, v = (_padded(t, x) for x in (q, k, v))
+    return narrow(t, _fused(t, q, k, v, None, "flash", tag), 3, d)
+
+
 def kernel_for(t: Tape, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, gqa: bool, p: float) -> Kernel | None:
     """The kernel that PyTorch picks, None for the math path: also for a bias that needs a gradient."""
     if bias is not None and bias.node is not None:

@@ -44,7 +44,7 @@ class Surroundings:
         if not isinstance(part, Attention) or (len(self.rotary) < 2 and len(self.masks) < 2):
             return self
         rotary = {key: angles for key, angles in self.rotary.items() if part.kind in key or "" in key}
-        return replace(self, rotary=rotary, masks={part.window: self.masks[part.window]})
+        return replace(self, rotary=rotary, masks={w: m for w, m in self.masks.items() if w == part.window})
 
     def angles(self, part: Attention) -> tuple[Tensor, Tensor]:
         """Cosines and sines for this layer's heads, (1, 1, s, d)."""
@@ -72,9 +72,15 @@ def surround(t: Tape, layers: list[Layer], found: Surroundings, ids: Tensor, dty
         if len(windows) == 1:
             raise unknown(f"{found.class_name} without a layer that slides")
     for window in sorted(windows, key=lambda w: w or 0):
-        if found.kind.counts:
+        if found.kind.counts and not found.request.padding:
             _packed(t, b, s)
-        found.masks[window] = _mask(t, window, found.eager(windows[window]), b, s, dtype, found.ones is not None)
+        if found.request.attention == "flash_attention_2":
+            if found.ones is not None:
+                seen, any_hidden = t.new((b, s), "bool", None, MASK), t.new((), "bool", None, MASK)
+                del seen, any_hidden
+            continue
+        given, padded = found.ones is not None or found.request.padding, found.request.padding
+        found.masks[window] = _mask(t, window, found.eager(windows[window]), b, s, dtype, given, padded)
     by_type = found.kind.angles == "by layer type"
     for key in sorted({(m.rotary.dim, m.kind if by_type else "") for m in parts if m.rotary}):
         found.rotary[key] = _angles(t, s, key[0], "fp32" if found.kind.rotates in WIDE else dtype)
@@ -90,13 +96,14 @@ def positions(t: Tape, found: Surroundings, ids: Tensor) -> Tensor:
 
 
 def counted(t: Tape, found: Surroundings, ids: Tensor) -> Tensor:
-    """The tokens' places, counted in a mask of ones that the model makes up (OPT)."""
-    found.ones = t.new(ids.shape, "fp32", None, MASK)
-    total = t.new(ids.shape, "fp32", None, POSITIONS)
-    product = t.new(ids.shape, "fp32", None, POSITIONS)
-    before = t.new(ids.shape, "fp32", None, POSITIONS)
+    """The tokens' places, counted in the mask that is given, or in one of ones that the model makes up (OPT)."""
+    dtype = "int64" if found.request.padding else "fp32"
+    found.ones = None if found.request.padding else t.new(ids.shape, "fp32", None, MASK)
+    total = t.new(ids.shape, dtype, None, POSITIONS)
+    product = t.new(ids.shape, dtype, None, POSITIONS)
+    before = t.new(ids.shape, dtype, None, POSITIONS)
     del product
-    places = t.new(ids.shape, "int64", None, POSITIONS)
+    places = before if found.request.padding else t.new(ids.shape, "int64", None, POSITIONS)
     del total, before
     found.positions = places
     return places
@@ -115,30 +122,37 @@ def _packed(t: Tape, b: int, s: int) -> None:
     del before, steps, packed
 
 
-def _alibi(t: Tape, found: Surroundings, heads: int, b: int, s: int, dtype: str) -> Tensor:
-    """A mask of ones is made up, and from it the distances times a slope for each head. Returns the mask."""
-    ones = t.new((b, s), "fp32", None, MASK)
+def _alibi(t: Tape, found: Surroundings, heads: int, b: int, s: int, dtype: str) -> Tensor | None:
+    """A mask of ones is made up if none is given, and from it distances times a slope for each head. Returns the mask."""
+    counted = "int64" if found.request.padding else "fp32"
+    ones = None if found.request.padding else t.new((b, s), "fp32", None, MASK)
     power = 1 << (heads.bit_length() - 1)
     base, powers = t.new((), "fp32", None, MASK), t.new((power,), "int32", None, MASK)
     slopes = t.new((heads,), "fp32", None, MASK)
-    places = t.new((b, s), "fp32", None, MASK)
-    places = t.new((b, s), "fp32", None, MASK)
-    places = t.new((b, s), "fp32", None, MASK)
+    places = t.new((b, s), counted, None, MASK)
+    places = t.new((b, s), counted, None, MASK)
+    places = t.new((b, s), counted, None, MASK)
     wide = t.new((b, heads, s), "fp32", None, MASK)
     found.alibi = wide if dtype == "fp32" else t.new((b * heads, 1, s), dtype, None, MASK)
     del base, powers, slopes, places, wide
     return ones
 
 
-def _mask(t: Tape, window: int | None, eager: bool, b: int, s: int, dtype: str, given: bool = False) -> Tensor | None:
+def _mask(
+    t: Tape, window: int | None, eager: bool, b: int, s: int, dtype: str, given: bool, padded: bool
+) -> Tensor | None:
     """Booleans for SDPA where a window is reached, an additive one of (b, 1, s, s) for eager attention; `given` where
-    the model makes up a mask of ones itself."""
-    if not eager and (window is None or s < window):
+    the model makes up a mask of ones itself, or is given one that hides tokens (`padded`)."""
+    if not padded and not eager and (window is None or s < window):
         if given:  # whether it hides anything is looked for
-            looked = t.new((b, s), "bool", None, MASK), t.new((), "int64", None, MASK), t.new((), "bool", None, MASK)
-            del looked
+            seen = t.new((b, s), "bool", None, MASK)
+            _look(t)
+            del seen
         return None
     ones = t.new((b, s), "bool", None, MASK) if given else None
+    if padded and not eager and (window is None or s < window):
+        _look(t)
+        _look(t)
     rows, heads = t.new((b,), "int64", None, MASK), t.new((1,), "int64", None, MASK)
     count = t.new((s,), "int64", None, MASK)
     queries = t.new((s,), "int64", None, MASK)
@@ -148,19 +162,21 @@ def _mask(t: Tape, window: int | None, eager: bool, b: int, s: int, dtype: str, 
     del count
     square = (1, 1, s, s)
     within = None
-    if window is not None and (window <= s or eager):
+    first = t.new((), "bool", None, MASK) if given else None
+    if window is not None and (window <= s or eager or padded):
         one = t.new((), "bool", None, MASK)
         edge = t.new((s,), "int64", None, MASK)
         near = t.new(square, "bool", None, MASK)
         del edge
         within = t.new(square, "bool", None, MASK)
         del near, one
-    first = t.new((), "bool", None, MASK) if given else None
     seen = t.new(square, "bool", None, MASK)
     if within is not None or given:
         both = t.new(square, "bool", None, MASK)
         within = None
         seen = both
+        if window is not None and given:
+            seen = t.new(square, "bool", None, MASK)
         del both, first
     if given:
         row = t.new((b, 1, 1, s), "bool", None, MASK)
@@ -172,7 +188,12 @@ def _mask(t: Tape, window: int | None, eager: bool, b: int, s: int, dtype: str, 
         mask = t.new((b, 1, s, s), dtype, None, MASK)
         del number, seen, ones
         return mask
-    return seen.as_((b, 1, s, s), (0, s * s, s, 1))
+    return seen if padded else seen.as_((b, 1, s, s), (0, s * s, s, 1))
+
+
+def _look(t: Tape) -> None:
+    """Whether a mask hides anything."""
+    t.timeline.free(t.timeline.alloc(8, MASK), t.timeline.alloc(1, MASK))
 
 
 def _angles(t: Tape, s: int, dim: int, dtype: str) -> tuple[Tensor, Tensor]:

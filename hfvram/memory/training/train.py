@@ -27,6 +27,7 @@ from hfvram.model.architecture import Architecture
 from hfvram.model.layers import Attention, Layer
 from hfvram.request import Request
 
+PADDING = Tag("padding mask", "inputs", "b·s·8", "the batch", "exact")
 STEPS = 2
 SCALE = Tag("loss scale", "activations", "4", "PyTorch 2.11: torch/amp/grad_scaler.py")
 INPUTS = Tag("inputs of layers", "activations", "b·s·h·e", "PyTorch 2.11: autograd/graph.py save_on_cpu")
@@ -47,12 +48,14 @@ def timeline(architecture: Architecture, request: Request, on_meta: bool = False
     t = Timeline(stands(architecture, request))
     tape = Tape(t, generation(request.compute_capability), on_meta)
     ids = tape.new((request.batch, request.ctx or 1), "int64", None, IDS)
+    hides = tape.new(ids.shape, "int64", None, PADDING) if request.padding else None
     states = States(architecture, request.dtype, layers)
     parts = units(tape, states, request, groups)
     tape.units = parts if type(parts) is not Units else None
     t.restart()
     optimizer = Optimizer(request.optimizer, tape, parts.leaves)
     _steps(tape, architecture, states, layers, ids, optimizer, parts, request)
+    del hides
     t.events = t.events[:]  # what dies with this function is no part of the run
     t.symbols = symbols(architecture, Forward(batch=request.batch, tokens=request.ctx or 1, dtype=request.dtype))
     parts.count(optimizer, groups)
@@ -98,12 +101,23 @@ def refuse(architecture: Architecture, request: Request) -> None:
     mixers = (m for layer in architecture.text.layers for m in layer.mixers)
     if any(isinstance(m, Attention) and not m.causal for m in mixers):
         raise unknown(f"attention in both directions of {architecture.class_name}")
+    _refuse_flash(architecture, request)
     if request.mixed_precision == "fp16" and request.dtype == "fp16":
         raise HfvramError("usage", "--mixed-precision fp16 can't train fp16 weights: valid are --dtype fp32 and bf16")
+
+
+def _refuse_flash(architecture: Architecture, request: Request) -> None:
+    """Raises `usage` where flash attention is asked for and can't run, or is given a padding mask."""
+    if (flash := request.attention) != "flash_attention_2":
+        return
+    name = architecture.class_name
+    parts = (m for layer in architecture.text.layers for m in layer.mixers if isinstance(m, Attention))
+    if any(flash not in m.implementations for m in parts):
+        raise HfvramError("usage", f"{name} can't run --attention {flash}: valid are sdpa and eager")
+    if request.dtype == "fp32" and request.mixed_precision == "no":
+        raise HfvramError("usage", f"--attention {flash} computes in fp16 and bf16: valid for --dtype fp32 is sdpa")
     if request.padding:
-        raise unknown("--padding")
-    if request.attention not in ("sdpa", "eager"):
-        raise unknown(f"--attention {request.attention}")
+        raise unknown(f"--padding with --attention {flash}")
 
 
 def _steps(
