@@ -123,7 +123,7 @@ def _packed(t: Tape, b: int, s: int) -> None:
 
 
 def _alibi(t: Tape, found: Surroundings, heads: int, b: int, s: int, dtype: str) -> Tensor | None:
-    """A mask of ones is made up if none is given, and from it distances times a slope for each head. Returns the mask."""
+    """Distances in a mask (of ones, where none is given) times a slope for each head. Returns the mask it makes."""
     counted = "int64" if found.request.padding else "fp32"
     ones = None if found.request.padding else t.new((b, s), "fp32", None, MASK)
     power = 1 << (heads.bit_length() - 1)
