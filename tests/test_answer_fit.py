@@ -143,3 +143,52 @@ def test_ways_to_train_are_few_runs_the_mildest_first() -> None:
         request.with_(optimizer="adamw_8bit"),
         request.with_(gradient_checkpointing=True, optimizer="adamw_8bit"),
     ]
+
+
+def sharded(request: Request) -> int:
+    """10,000 kB of states, which sharding divides by the GPUs and offloading takes away; 1 kB a token."""
+    if "params" in request.offload or "optimizer" in request.offload:
+        states = 1_000
+    else:
+        states = 10_000 // (request.gpus or 1) if request.fsdp or request.zero == 3 else 10_000
+    return (states + (request.ctx or 0) // (8 if request.gradient_checkpointing else 1)) * KB
+
+
+def train(**options: object) -> Request:
+    return Request.from_dict({"mode": "train", "ctx": 256, "method": "formula", **options})
+
+
+def test_ways_of_several_gpus() -> None:
+    changes = [w.change for w in judge(sharded, train(gpus=4), gpu(3_000)).ways]
+    assert changes[:2] == ["--fsdp full_shard", "--zero 3"]
+    assert not any("--gpus 8 --fsdp" in change for change in changes)  # 4 are enough
+    changes = [w.change for w in judge(sharded, train(gpus=4, fsdp="full_shard"), gpu(1_600)).ways]
+    assert changes == ["--offload params", "--gpus 8"]
+    changes = [w.change for w in judge(sharded, train(gpus=2, zero=3), gpu(1_600)).ways]
+    assert changes[:2] == ["--offload optimizer", "--offload optimizer,params"]
+    changes = [w.change for w in judge(sharded, train(), gpu(5_500)).ways]
+    assert changes[0] == "--gpus 2 --fsdp full_shard"
+
+
+def test_what_the_exact_engine_cannot_run_is_no_way() -> None:
+    seen: list[Request] = []
+
+    def watched(request: Request) -> int:
+        seen.append(request)
+        return sharded(request)
+
+    judge(watched, train(gpus=4, method="simulate"), gpu(2_000))
+    assert len(seen) > 3
+    assert not any(r.zero or r.offload for r in seen)
+
+
+def test_three_changes_where_no_two_are_enough() -> None:
+    def stubborn(request: Request) -> int:
+        saved = 3_000 * (request.gradient_checkpointing + ("optimizer" in request.offload) + (request.ctx == 1024))
+        return (10_000 - saved) * KB
+
+    request = train(gpus=4, zero=3, ctx=4096)
+    assert "--ctx 1024 --gradient-checkpointing --offload optimizer" in [
+        w.change for w in judge(stubborn, request, gpu(2_000)).ways
+    ]
+    assert judge(stubborn, request, gpu(4_500)).ways[0].change == "--gradient-checkpointing --offload optimizer"

@@ -1,6 +1,6 @@
 """Does it fit, what is the most that would, and what would make it fit: each the real estimate, run again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import reduce
 from itertools import combinations
 from math import log2
@@ -21,6 +21,10 @@ LEAST_CTX = 256
 MOST_WAYS = 6
 MOST_RUNS = 8
 """Of a model's own code in search of ways to run it: each takes seconds, so the mildest changes come first."""
+MOST_FORMED = 32
+"""Of a training by formula, each of which takes tenths of a second."""
+MOST_TRIPLES = 24
+"""Three changes at once, where no two are enough."""
 Change = Callable[[Request], Request]
 
 
@@ -98,31 +102,60 @@ def largest(taken: Callable[[int], int], capacity: int, start: int, most: int) -
 
 
 def ways(device_bytes: DeviceBytes, request: Request, capacity: int) -> tuple[Way, ...]:
-    """Changes, and pairs of changes where neither alone is enough, with which `request` fits; the mildest first."""
+    """Changes, and pairs of changes where neither alone is enough, with which `request` fits; the mildest first. Where
+    no pair of a training by formula is enough, three of them that promise to be."""
     stepwise = by_code(request) or request.mode != "inference"
     singles = fixed_changes(request) if stepwise else changes(device_bytes, request, capacity)
-    tried = [parts for count in (1, 2) for parts in combinations(singles, count)]
+    runs = MOST_RUNS if by_code(request) else MOST_FORMED
+    tried: list[tuple[Change, ...]] = [(change,) for change in singles]
+    tried += combinations(singles, 2)
     if stepwise:
-        tried.sort(key=lambda parts: cost(request, reduce(lambda r, change: change(r), parts, request)))
+        tried.sort(key=lambda parts: cost(request, _with(request, parts)))
     enough: set[Change] = set()
-    found: dict[Request, Way] = {}
-    seen: set[Request] = set()
-    for parts in tried:
-        if enough.intersection(parts) or (stepwise and len(seen) == MOST_RUNS):
-            continue
+    found: dict[Request, int] = {}
+    seen: dict[Request, int] = {}
+
+    def attempt(parts: tuple[Change, ...]) -> None:
+        changed = _with(request, parts)
+        if changed in seen:
+            return
         try:
-            changed = reduce(lambda r, change: change(r), parts, request)
-            if changed in seen:
-                continue
-            seen.add(changed)
-            taken = device_bytes(changed)
+            seen[changed] = device_bytes(changed)
         except HfvramError:
-            continue
-        if taken <= capacity:
-            found.setdefault(changed, Way(change=difference(request, changed), device_bytes=taken))
+            seen[changed] = 1 << 62
+        if seen[changed] <= capacity:
+            found[changed] = seen[changed]
             if len(parts) == 1:
                 enough.update(parts)
-    return tuple(way for _, way in sorted(found.items(), key=lambda f: cost(request, f[0]))[:MOST_WAYS])
+
+    for change in singles if stepwise and not by_code(request) else ():
+        attempt((change,))
+    for parts in tried:
+        if not enough.intersection(parts) and not (stepwise and len(seen) == runs):
+            attempt(parts)
+    if stepwise and not found and not by_code(request):
+        for parts in promising(device_bytes(request), capacity, singles, seen, request):
+            attempt(parts)
+    mildest = sorted(found, key=lambda changed: cost(request, changed))
+    fewer = {x.with_(gpus=None): x for x in reversed(mildest)}  # the same on more GPUs says nothing new
+    mildest = [x for x in mildest if fewer[x.with_(gpus=None)] == x]
+    return tuple(Way(change=difference(request, x), device_bytes=found[x]) for x in mildest[:MOST_WAYS])
+
+
+def promising(
+    needed: int, capacity: int, singles: Sequence[Change], seen: dict[Request, int], request: Request
+) -> list[tuple[Change, ...]]:
+    """Three changes that would be enough if each saved what it saves alone, the mildest first."""
+    saved = {change: needed - seen.get(_with(request, (change,)), needed) for change in singles}
+    three: list[tuple[Change, ...]] = [
+        x for x in combinations(singles, 3) if needed - sum(saved[change] for change in x) <= capacity
+    ]
+    found = {_with(request, x): x for x in three}
+    return [found[x] for x in sorted(found.keys() - seen.keys(), key=lambda x: cost(request, x))][:MOST_TRIPLES]
+
+
+def _with(request: Request, parts: tuple[Change, ...]) -> Request:
+    return reduce(lambda r, change: change(r), parts, request)
 
 
 def fixed_changes(request: Request) -> list[Change]:
@@ -142,6 +175,29 @@ def fixed_changes(request: Request) -> list[Change]:
         found.append(lambda r: r.with_(mode="qlora", optimizer=request.optimizer))
     if (request.ctx or 0) > LEAST_CTX:
         found.append(lambda r: with_ctx(r, max(LEAST_CTX, (r.ctx or 0) // 4)))
+    return found + (shared(request) if request.mode != "inference" else [])
+
+
+def shared(request: Request) -> list[Change]:
+    """Ways to share a training: sharded over the GPUs that there are, over more of them, and in CPU memory; what is
+    DeepSpeed's the exact engine can't run."""
+    gpus, sharded = request.gpus or 1, request.fsdp or request.zero
+    formed = not by_code(request)
+    found: list[Change] = []
+    if gpus > 1 and not sharded:
+        found.append(lambda r: r.with_(fsdp="full_shard"))
+    if formed and gpus > 1 and not request.fsdp:
+        found += [lambda r, stage=stage: r.with_(zero=stage) for stage in range(1, 4) if stage > (request.zero or 0)]  # type: ignore[misc]
+    for times in (2, 4, 8):
+        if sharded:
+            found.append(lambda r, times=times: r.with_(gpus=times * (r.gpus or 1)))  # type: ignore[misc]
+        else:
+            found.append(lambda r, times=times: r.with_(gpus=times * (r.gpus or 1), fsdp="full_shard"))  # type: ignore[misc]
+    what = "params" if request.fsdp else "optimizer"
+    if formed and sharded and not {what, f"{what}=nvme"} & set(request.offload):
+        found.append(lambda r: r.with_(offload=(*r.offload, what)))
+    if formed and request.zero == 3 and not {"params", "params=nvme"} & set(request.offload):
+        found.append(lambda r: r.with_(offload=tuple(dict.fromkeys((*r.offload, "optimizer", "params")))))
     return found
 
 
@@ -175,6 +231,9 @@ def cost(asked: Request, changed: Request) -> float:
         price += {"int8": 1.0, "nf4": 1.5}[changed.quant]
     if asked.mode != changed.mode:
         price += {"lora": 1.0, "qlora": 1.5}[changed.mode]
+    price += log2((changed.gpus or 1) / (asked.gpus or 1))
+    price += 0.2 * ((asked.fsdp, asked.zero) != (changed.fsdp, changed.zero)) + 0.1 * (changed.zero or 0)
+    price += 0.8 * len(set(changed.offload) - set(asked.offload))
     price += 0.3 * (asked.gradient_checkpointing != changed.gradient_checkpointing)
     return price + 0.4 * (asked.optimizer != changed.optimizer) + 0.5 * (asked.dtype != changed.dtype)
 
@@ -189,4 +248,5 @@ def difference(asked: Request, changed: Request) -> str:
     """
     before, after = asked.to_dict(), changed.to_dict()
     changes = {f"--{name.replace('_', '-')}": value for name, value in after.items() if value != before[name]}
-    return " ".join(option if value is True else f"{option} {value}" for option, value in changes.items())
+    words = {k: ",".join(v) if isinstance(v, list) else v for k, v in changes.items()}
+    return " ".join(option if value is True else f"{option} {value}" for option, value in words.items())

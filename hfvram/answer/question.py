@@ -115,34 +115,21 @@ def answer(model: Model, asked: Request) -> Estimate:
         found = replace(found, recommended=tuple(recommended))
     if gpu:
         notes += [note] if note else []
-        fit, said = verdict(model, found, gpu)
-        notes += said
-        found = replace(found, fit=fit)
+        found = replace(found, fit=verdict(model, found, gpu))
     return replace(found, warnings=(*found.warnings, *notes, *_assumptions(model, found)))
 
 
-def verdict(model: Model, found: Estimate, gpu: Gpu) -> tuple[Fit, list[str]]:
-    """Whether an estimate fits, the limits, and ways; for several GPUs the verdict alone."""
+def verdict(model: Model, found: Estimate, gpu: Gpu) -> Fit:
+    """Whether an estimate fits, the limits, and ways; of several GPUs for the fullest."""
     request = found.request
-    if (request.gpus or 1) == 1:
-        known = {request: found.device_bytes}
-        limit = model.architecture.max_positions
-        by_formula = request.mode == "inference" and not by_code(request)
-        needed = taken if by_formula else lambda m, r: estimate_of(m, r).device_bytes
-        return judge(lambda r: known[r] if r in known else needed(model, r), request, gpu, max_positions=limit), []
-    if request.max_ctx or request.max_batch:
-        raise HfvramError("usage", "--max-ctx and --max-batch are for one GPU so far")
-    room = gpu.memory_bytes - found.device_bytes
-    fit = Fit(
-        gpu=gpu.name,
-        capacity_bytes=gpu.memory_bytes,
-        fits=room >= 0,
-        headroom_bytes=room,
-        max_ctx=None,
-        max_batch=None,
-        ways=(),
+    known = {request: found.device_bytes}
+    needed = (lambda m, r: estimate_of(m, r).device_bytes) if by_code(request) else taken
+    return judge(
+        lambda r: known[r] if r in known else needed(model, r),
+        request,
+        gpu,
+        max_positions=model.architecture.max_positions,
     )
-    return fit, ["limits and ways to make it fit are searched for one GPU only so far"]
 
 
 def estimate_of(model: Model, asked: Request) -> Estimate:
@@ -197,8 +184,9 @@ def taken(model: Model, asked: Request) -> int:
     if model.components or asked.method == "guide":
         return estimate_of(model, asked).device_bytes
     request, _ = resolve(model.architecture, asked)
-    kinds = shares(model.architecture, request)
-    return device_bytes(max(replay(k.timeline, request.expandable_segments).reserved_bytes for k in kinds))
+    timelines = [share.timeline for share in shares(model.architecture, request)]
+    held = max(replay(t, request.expandable_segments).reserved_bytes + t.managed_bytes for t in timelines)
+    return device_bytes(held, kernels_bytes(request.mode, request.fsdp is not None))
 
 
 def _estimate(model: Model, request: Request, found: AtPeak, notes: list[str]) -> Estimate:

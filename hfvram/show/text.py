@@ -191,7 +191,7 @@ def verdict(e: Estimate, width: int, paint: Paint) -> list[str]:
         if f.ways:
             lines.append("fits with:")
             lines += columns([(way.change, size(way.device_bytes), "") for way in f.ways], width, "<><", indent=2)
-        elif not f.fits and (e.request.gpus or 1) == 1:
+        elif not f.fits:
             lines.append("no single change, and no pair of changes, makes it fit")
     if e.recommended:
         lines.append("smallest GPUs that run it:")

@@ -52,6 +52,8 @@ SENT = Tag("gradients in fp32, for the optimizer on CPU", "gradients", "", STAGE
 PARAMETERS = Tag("parameters, one part of n", "weights", "", COORDINATOR, "exact")
 PINNED = Tag("pinned buffers for NVMe", "workspace", "", "DeepSpeed 0.19.8: offload_config.py buffer_count", "derived")
 
+ON_CPU: Final = ("adamw_torch_fused", "adamw_torch", "adamw_torch_loop", "adagrad", "lion", "lion_32bit")
+"""Optimizers that DeepSpeed has for the CPU (ops/adam, adagrad, lion), which offloading needs."""
 ALL_GATHER, REDUCE = 1, 2
 """Streams of ZeRO-3, whose `overlap_comm` is on by default; of ZeRO-1 and 2 it is off."""
 
@@ -70,6 +72,12 @@ class Zero(Units):
             raise unknown(f"--optimizer {request.optimizer} with --zero")
         self.stage, self.ranks, self.groups = request.zero or 0, mesh_of(request).data, groups
         self.checkpointing = request.gradient_checkpointing
+        self.away: Elsewhere | None = _place(request, "optimizer")
+        self.params_away: Elsewhere | None = _place(request, "params")
+        if self.params_away and not self.away:
+            self.away = "cpu"  # DeepSpeed's optimizer works where its masters lie
+        if self.away and request.optimizer not in ON_CPU:
+            raise unknown(f"--optimizer {request.optimizer} with --offload optimizer")
         trained = list(self._counted(states.trained()))
         self.item = ITEM_BYTES[trained[0].tensor.dtype]
         self.whole = sum(x.tensor.numel for x in trained)
@@ -79,10 +87,6 @@ class Zero(Units):
         else:
             self.part = ceil_div(self.whole, 2 * self.ranks) * 2  # DeepSpeed aligns to pairs of elements
         self.parameters = sum(ceil_div(x.tensor.numel, self.ranks) for x in self._counted(states))
-        self.away: Elsewhere | None = _place(request, "optimizer")
-        self.params_away: Elsewhere | None = _place(request, "params")
-        if self.params_away and not self.away:
-            self.away = "cpu"  # DeepSpeed's optimizer works where its masters lie
         self.leaves = [Leaf(Param("partition", (n,)), "fp32", True, None) for n in self._sub_groups()]
         self.begun = False
         """Whether a gradient has come in this backward pass."""
