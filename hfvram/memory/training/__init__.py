@@ -6,6 +6,7 @@
   PyTorch's engine does; `checkpoint` runs a stretch that is computed again.
 - `operators`, `scaled_dot_product`: PyTorch's operators, each with its gradient.
 - `blocks`, `rotary`, `attention`, `feed_forward`, `decoder`: layers and models, in the words of their code.
+- `bert`, `encoder`: encoders' layers and embeddings, and their pass up to a masked language model's loss.
 - `states`, `step`: parameters as leaves, clipping, optimizers. `stretch`: repeated layers are written five times.
 - `data_parallel`: what happens around layers on several GPUs; `fsdp`, `ddp`, `zero` (with
   `deepspeed`, its defaults): what it is.

@@ -203,4 +203,4 @@ def _eager(
     weights = op.to(t, op.softmax(t, weights, soft, WIDE_SCORES), q.dtype, SCORES)
     weights = op.dropout(t, weights, around.dropout.attention, SCORES)
     out = op.transpose(t, op.matmul(t, weights, v, OUT), 1, 2)
-    return (out if around.kind.own_softmax else op.dense(t, out, OUT)), weights
+    return (op.dense(t, out, OUT) if around.kind.copies_out else out), weights

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Final
 
 from hfvram.memory.timeline import Tag
-from hfvram.memory.training import gpt, opt
+from hfvram.memory.training import bert, gpt, opt
 from hfvram.memory.training import operators as op
 from hfvram.memory.training.attention import attention
 from hfvram.memory.training.blocks import DROPPED, HIDDEN, normalize, unknown
@@ -94,14 +94,7 @@ def decode(
     if kind.embedding == "late norm":
         hidden = normalize(t, hidden, (), architecture.text.layers[0].norm, kind.norm)
     hidden = op.dropout(t, hidden, around.dropout.embedding, EMBEDDED)
-    for (layer, segment), blocks in zip(layers, states.layers, strict=True):
-        if segment != t.segment:
-            t.enter(segment)
-        if request.gradient_checkpointing:
-            hidden = _checkpointed(t, layer, blocks, hidden, around)
-        else:
-            hidden = _whole(t, layer, blocks, hidden, around)
-    t.enter(None)
+    hidden = through(t, layers, states.layers, hidden, around)
     weights = tuple([leaf.tensor for leaf in states.after if leaf.param.kind == "norm"])
     if architecture.final_norm and (weights or kind.norm in ("wide", "no weight")):
         hidden = normalize(t, hidden, weights, architecture.final_norm, kind.norm)
@@ -109,6 +102,21 @@ def decode(
         hidden = op.linear(t, hidden, states.before[2].tensor, None, EMBEDDED)
     around.held = around.ones = None
     del embedded
+    return hidden
+
+
+def through(
+    t: Tape, layers: list[tuple[Layer, int | None]], blocks: list[Blocks], hidden: Tensor, around: Surroundings
+) -> Tensor:
+    """All layers, one after the other."""
+    for (layer, segment), leaves in zip(layers, blocks, strict=True):
+        if segment != t.segment:
+            t.enter(segment)
+        if around.request.gradient_checkpointing:
+            hidden = _checkpointed(t, layer, leaves, hidden, around)
+        else:
+            hidden = _whole(t, layer, leaves, hidden, around)
+    t.enter(None)
     return hidden
 
 
@@ -212,6 +220,8 @@ LAYERS: Final[dict[str, Callable[[Tape, Layer, Blocks, Tensor, Surroundings], Te
     "one norm": one_norm,
     "flattened": opt.flattened,
     "state space": state_space,
+    "norm after": bert.norm_after,
+    "plain norm after": bert.plain_norm_after,
 }
 
 

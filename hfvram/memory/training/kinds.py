@@ -3,7 +3,7 @@
 Only types that were held against their own code, event by event, stand here; any other has no formula yet.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from hfvram.memory.training.blocks import NormCode, NormKind, unknown
@@ -25,6 +25,21 @@ Rotation = Literal[
 after the other, or both at the end), or in fp32 and cast back; and of neighbours, so as well."""
 NormOrder = Literal["last", "first", "between", "after each"]
 """Where a layer's norms stand among its parameters: after its parts, before them, or one before or after each."""
+Embedding = Literal[
+    "tokens",
+    "positions",
+    "late positions",
+    "normed",
+    "late norm",
+    "counted ones",
+    "summed",
+    "counted positions",
+]
+"""Learned positions are added, before the mask is made or after it; or the embeddings are normed, so as well; or
+positions are counted in a mask of ones (OPT). Of encoders: words, token types and positions, which RoBERTa counts
+without padding."""
+ENCODED: Final = ("summed", "counted positions")
+"""Embeddings of encoders."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +47,20 @@ class Kind:
     """How a type's code differs from Llama's."""
 
     norm: NormCode = "weight last"
-    layer: Literal["residual", "held output", "two branches", "with alibi", "one norm", "flattened", "state space"] = (
-        "residual"
-    )
+    layer: Literal[
+        "residual",
+        "held output",
+        "two branches",
+        "with alibi",
+        "one norm",
+        "flattened",
+        "state space",
+        "norm after",
+        "plain norm after",
+    ] = "residual"
     sums: Literal["branches first", "residual first"] = "residual first"
     """What a layer of two branches over one norm adds up first."""
-    embedding: Literal["tokens", "positions", "late positions", "normed", "late norm", "counted ones"] = "tokens"
-    """Learned positions are added, before the mask is made or after it; or the embeddings are normed, so as well;
-    or positions are counted in a mask of ones (OPT)."""
+    embedding: Embedding = "tokens"
     masks: Literal["used", "both"] = "used"
     """Masks are made for the layers that there are, or for full attention and a window in any case."""
     interleaved: bool = False
@@ -52,6 +73,8 @@ class Kind:
     """Linear layers are `Conv1D`."""
     own_softmax: bool = False
     """Eager attention's softmax is in the scores' dtype."""
+    copies_out: bool = True
+    """So is its output copied into rows."""
     norms: NormOrder = "last"
     final_first: bool = False
     """The last norm's parameters stand before those of the layers."""
@@ -76,9 +99,15 @@ class Kind:
     """That norm has a bias and is one for all heads; else a LayerNorm is one for each."""
     drops_inside: bool = False
     """The attention itself drops what it returns."""
+    head_first: bool = False
+    """The head is built before the encoder."""
+    head_gelu: bool = False
+    """A masked language model's head has GELU, whatever its layers have."""
 
 
 _LLAMA = Kind()
+_BERT = Kind(layer="norm after", embedding="summed", norms="after each", own_softmax=True)
+_ROBERTA = replace(_BERT, embedding="counted positions", head_gelu=True)
 _GEMMA = Kind(norm="plus one", scaled=True)
 
 _MAMBA = Kind(norms="first", layer="state space", counts=False, wide_logits=True)
@@ -95,12 +124,20 @@ KINDS: Final[dict[str, Kind]] = {
     "phi3": Kind(rotates="joined"),
     "olmo2": Kind(norm="weight in fp32", rotates="fp32"),
     "seed_oss": Kind(drops_inside=True),
-    "gpt2": Kind(norms="between", layer="held output", embedding="positions", transposed=True, own_softmax=True),
+    "gpt2": Kind(
+        norms="between", layer="held output", embedding="positions", transposed=True, own_softmax=True, copies_out=False
+    ),
     "gpt_bigcode": Kind(
         norms="between", layer="held output", embedding="late positions", interleaved=True, layers_count=False
     ),
     "gpt_neox": Kind(norms="first", layer="two branches"),
     "bloom": Kind(norms="between", layer="with alibi", embedding="normed", counts=False),
+    "bert": _BERT,
+    "distilbert": replace(_BERT, layer="plain norm after"),
+    "electra": replace(_BERT, head_gelu=True),
+    "roberta": _ROBERTA,
+    "xlm-roberta": replace(_ROBERTA, head_first=True),
+    "camembert": replace(_ROBERTA, head_first=True),
     "gemma": _GEMMA,
     "gemma2": _GEMMA,
     "gemma3_text": Kind(norm="plus one", scaled=True, masks="both", angles="by layer type", qk="all projected"),

@@ -101,8 +101,8 @@ class States:
         layers: Sequence[tuple[Layer, int | None]],
         trains: Callable[[str], bool] = lambda name: True,
     ) -> None:
-        text, order = architecture.text, kind_of(architecture).norms
-        self.final_first = kind_of(architecture).final_first
+        text, kind = architecture.text, kind_of(architecture)
+        order, self.head_first, self.final_first = kind.norms, kind.head_first, kind.final_first
 
         def leaf(param: Param, segment: int | None = None) -> Leaf:
             return Leaf(param, param.dtype or dtype, trains(param.name), segment)
@@ -116,6 +116,8 @@ class States:
         self.head = several(architecture.head)
 
     def __iter__(self) -> Iterator[Leaf]:
+        if self.head_first:
+            yield from self.head
         yield from self.before
         if self.final_first:
             yield from self.after
@@ -123,7 +125,8 @@ class States:
             yield from layer
         if not self.final_first:
             yield from self.after
-        yield from self.head
+        if not self.head_first:
+            yield from self.head
 
     def trained(self) -> list[Leaf]:
         """The leaves that need gradients, as `model.parameters()` has them."""

@@ -5,6 +5,7 @@ them from its start; of accumulated batches the second stands for all later ones
 """
 
 from collections.abc import Iterable
+from typing import Final
 
 from hfvram.errors import HfvramError
 from hfvram.memory.forward import Forward
@@ -12,11 +13,12 @@ from hfvram.memory.generation import generation
 from hfvram.memory.inference import symbols
 from hfvram.memory.mesh import mesh_of
 from hfvram.memory.timeline import Standing, Tag, Timeline
+from hfvram.memory.training import decoder, encoder
 from hfvram.memory.training import operators as op
 from hfvram.memory.training.blocks import unknown
 from hfvram.memory.training.data_parallel import Units, units
-from hfvram.memory.training.decoder import forward
 from hfvram.memory.training.fsdp import replicas_and_shards
+from hfvram.memory.training.kinds import ENCODED, kind_of
 from hfvram.memory.training.optimizers import Optimizer
 from hfvram.memory.training.states import States, single_stack
 from hfvram.memory.training.stretch import TEMPLATE, copies, plan, stretch
@@ -29,6 +31,7 @@ from hfvram.request import Request
 
 PADDING = Tag("padding mask", "inputs", "b·s·8", "the batch", "exact")
 STEPS = 2
+FORWARD: Final = {"causal": decoder.forward, "encoder": encoder.forward}
 SCALE = Tag("loss scale", "activations", "4", "PyTorch 2.11: torch/amp/grad_scaler.py")
 INPUTS = Tag("inputs of layers", "activations", "b·s·h·e", "PyTorch 2.11: autograd/graph.py save_on_cpu")
 IDS = Tag("token ids", "inputs", "b·s·8", "the batch", "exact")
@@ -93,13 +96,18 @@ def refuse(architecture: Architecture, request: Request) -> None:
     single_stack(architecture)
     if request.mode != "train":
         raise unknown(f"--mode {request.mode}")
-    if architecture.task != "causal" or not architecture.generates or architecture.adapter:
+    if architecture.task not in FORWARD or not architecture.generates or architecture.adapter:
         raise unknown(architecture.class_name)
+    encodes = kind_of(architecture).embedding in ENCODED
+    if encodes != (architecture.task == "encoder") or (encodes and not architecture.class_name.endswith("ForMaskedLM")):
+        raise unknown(architecture.class_name)
+    if encodes and ((request.gpus or 1) > 1 or request.fsdp or request.zero or request.offload):
+        raise unknown(f"{architecture.class_name} on several GPUs or offloaded")
     quant = architecture.quantization if request.quant == "auto" else request.quant
     if quant not in (None, "none"):
         raise unknown(f"--quant {quant}")
     mixers = (m for layer in architecture.text.layers for m in layer.mixers)
-    if any(isinstance(m, Attention) and not m.causal for m in mixers):
+    if architecture.task == "causal" and any(isinstance(m, Attention) and not m.causal for m in mixers):
         raise unknown(f"attention in both directions of {architecture.class_name}")
     _refuse_flash(architecture, request)
     if request.mixed_precision == "fp16" and request.dtype == "fp16":
@@ -140,7 +148,7 @@ def _steps(
             tape.mark("forward")
             parts.enter_model()
             tape.autocast = precision
-            loss, logits = forward(tape, architecture, states, layers, ids, request)
+            loss, logits = FORWARD[architecture.task](tape, architecture, states, layers, ids, request)
             parts.leave_model((loss, logits))
             scaled = loss if scale is None else op.mul(tape, loss, scale, SCALE)
             tape.autocast = None

@@ -105,12 +105,12 @@ def embeddings(config: Config, name: str, vocab: int, width: int) -> tuple[Param
         if config.model_type == "mpnet"
         else embedding(f"{name}.token_type_embeddings", config.size("type_vocab_size"), width)
     )
-    return (
-        embedding(f"{name}.word_embeddings", vocab, width)
-        + embedding(f"{name}.position_embeddings", rows, width)
-        + types
-        + norm(f"{name}.LayerNorm", width, bias=True)
-    )
+    words = embedding(f"{name}.word_embeddings", vocab, width)
+    places = embedding(f"{name}.position_embeddings", rows, width)
+    normed = norm(f"{name}.LayerNorm", width, bias=True)
+    if config.model_type in ("bert", "electra"):
+        return words + places + types + normed
+    return words + types + normed + places
 
 
 def scores(config: Config, hidden: int, decodes: bool) -> Attention:

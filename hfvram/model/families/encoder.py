@@ -1,13 +1,14 @@
 """What encoders share: which class is built, their layers, what stands on top, and the model around it all."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from hfvram.errors import HfvramError, printable
 from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.config import Config
 from hfvram.model.families.blocks import attention
-from hfvram.model.families.common import dtype_of, max_positions, num_labels
+from hfvram.model.families.common import dropout_of, dtype_of, max_positions, num_labels
 from hfvram.model.layers import Attention, FeedForward, Layer, Param, linear, norm
 
 Head = Literal["bare", "masked", "causal", "sequence", "tokens", "answers", "choice", "pretraining", "next"]
@@ -115,10 +116,12 @@ def encoder(config: Config, class_name: str, stack: Stack, head: tuple[Param, ..
         "final_norm": None,
         "vocab_size": config.size("vocab_size", default=1),
     }
+    dropout = dropout_of(config)
+    dropping = {id(x): replace(x, dropout=dropout) for x in stack.layers}
     return Architecture(
         model_type=config.model_type,
         class_name=class_name,
-        stacks=(stack,),
+        stacks=(replace(stack, layers=tuple(dropping[id(x)] for x in stack.layers)),),
         main=stack.name,
         hidden_size=stack.hidden_size,
         dtype=dtype_of(config),
