@@ -210,7 +210,7 @@ def _estimate(model: Model, request: Request, found: AtPeak, notes: list[str]) -
         device_bytes=device,
         cpu_bytes=sum(x.bytes for x in found.offloaded if x.place == "cpu"),
         nvme_bytes=sum(x.bytes for x in found.offloaded if x.place == "nvme"),
-        offloaded=tuple(found.offloaded),
+        offloaded=found.offloaded,
         interval=interval(model.architecture, request, device),
         guide=guide.rule(guide_items(model, request)),
         warnings=(*model.warnings, *notes),

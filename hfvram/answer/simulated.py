@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hfvram import __version__
-from hfvram.answer.estimate import Item, LiveTensor, PhasePeak
+from hfvram.answer.estimate import Item, LiveTensor, Offloaded, PhasePeak
 from hfvram.answer.peak import AtPeak, at_peak
 from hfvram.errors import HfvramError
 from hfvram.model.identify import Model
@@ -46,7 +46,9 @@ def _restored(kept: dict[str, Any]) -> AtPeak:
     items = tuple(Item(**item) for item in kept["items"])
     tensors = (LiveTensor(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in kept["largest_tensors"])
     phases = tuple(PhasePeak(**phase) for phase in kept["phases"])
-    return AtPeak(**{**kept, "items": items, "largest_tensors": tuple(tensors), "phases": phases})
+    elsewhere = tuple(Offloaded(**item) for item in kept["offloaded"])
+    told = {"items": items, "largest_tensors": tuple(tensors), "phases": phases, "offloaded": elsewhere}
+    return AtPeak(**{**kept, **told})
 
 
 @cache
