@@ -101,8 +101,8 @@ def refuse(architecture: Architecture, request: Request) -> None:
     encodes = kind_of(architecture).embedding in ENCODED
     if encodes != (architecture.task == "encoder") or (encodes and not architecture.class_name.endswith("ForMaskedLM")):
         raise unknown(architecture.class_name)
-    if encodes and ((request.gpus or 1) > 1 or request.fsdp or request.zero or request.offload):
-        raise unknown(f"{architecture.class_name} on several GPUs or offloaded")
+    if encodes:
+        _refuse_encoder(architecture, request)
     quant = architecture.quantization if request.quant == "auto" else request.quant
     if quant not in (None, "none"):
         raise unknown(f"--quant {quant}")
@@ -112,6 +112,14 @@ def refuse(architecture: Architecture, request: Request) -> None:
     _refuse_flash(architecture, request)
     if request.mixed_precision == "fp16" and request.dtype == "fp16":
         raise HfvramError("usage", "--mixed-precision fp16 can't train fp16 weights: valid are --dtype fp32 and bf16")
+
+
+def _refuse_encoder(architecture: Architecture, request: Request) -> None:
+    """Raises `usage` for what was not held against an encoder's own code."""
+    if (request.gpus or 1) > 1 or request.fsdp or request.zero or request.offload:
+        raise unknown(f"{architecture.class_name} on several GPUs or offloaded")
+    if request.padding or request.attention not in ("sdpa", "eager"):
+        raise unknown(f"{architecture.class_name} with --padding or --attention {request.attention}")
 
 
 def _refuse_flash(architecture: Architecture, request: Request) -> None:
