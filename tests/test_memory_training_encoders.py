@@ -78,5 +78,5 @@ def test_what_has_no_formula_is_said() -> None:
     with pytest.raises(HfvramError, match="on several GPUs or offloaded has no formula"):
         timeline(infer(config_of("bert")), request(gpus=2, fsdp="full_shard"))
     for options in ({"padding": True}, {"attention": "flash_attention_2"}):
-        with pytest.raises(HfvramError, match="with --padding or --attention .* has no formula"):
+        with pytest.raises(HfvramError, match="with --padding or --attention"):
             timeline(infer(config_of("bert")), request(**options))
