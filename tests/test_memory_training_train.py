@@ -112,12 +112,12 @@ def test_another_head_is_said() -> None:
 
 
 def test_an_unknown_type_is_said() -> None:
-    with pytest.raises(HfvramError, match="model type mixtral has no formula"):
-        formed(GROUPED | {"model_type": "mixtral"})
+    with pytest.raises(HfvramError, match="model type recurrent_gemma has no formula"):
+        formed(GROUPED | {"model_type": "recurrent_gemma"})
 
 
 def test_peaks_of_an_h100() -> None:
-    """Every measured case that has a formula: allocated to 0.03 %, reserved to 0.25 %."""
+    """Every measured case that has a formula: allocated to 0.03 %, reserved to 0.25 %, with experts to 1.5 %."""
     answered = 0
     for case in map(json.loads, TRUTH.read_text().splitlines()):
         if case["request"]["mode"] != "train" or case["request"].get("gpus"):
@@ -129,7 +129,8 @@ def test_peaks_of_an_h100() -> None:
         answered += 1
         measured = case["measured"]
         assert peaks.allocated_bytes == pytest.approx(measured["peak_allocated_bytes"], rel=3e-4), case["id"]
-        assert peaks.reserved_bytes == pytest.approx(measured["peak_reserved_bytes"], rel=2.5e-3), case["id"]
+        reserved = 1.5e-2 if "num_experts_per_tok" in case["config"] else 2.5e-3
+        assert peaks.reserved_bytes == pytest.approx(measured["peak_reserved_bytes"], rel=reserved), case["id"]
     assert answered >= 5
 
 

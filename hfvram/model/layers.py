@@ -307,6 +307,12 @@ class MixtureOfExperts:
     """Each expert computes every token, weighted by zero where it isn't chosen (Llama 4)."""
     fused: bool = True
     """The experts of a layer are two 3-D tensors, run by a grouped matmul; else a list of modules."""
+    normalized: bool = False
+    """The chosen experts' weights are divided by their sum."""
+    auxiliary: bool = False
+    """While training, a loss that asks for balance is made of the router's logits (`output_router_logits`)."""
+    jitter: bool = False
+    """While training, the input is multiplied by noise."""
     params: tuple[Param, ...]
     """Router, shared experts and the fused tensors of kind `experts`, whose first dimension is the experts'."""
 

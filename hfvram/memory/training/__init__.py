@@ -5,7 +5,8 @@
 - `tape`: `Tape.new` allocates; `record` and `keep` leave a node with what it saves; `backward` runs the graph as
   PyTorch's engine does; `checkpoint` runs a stretch that is computed again.
 - `operators`, `scaled_dot_product`: PyTorch's operators, each with its gradient.
-- `blocks`, `rotary`, `attention`, `feed_forward`, `decoder`: layers and models, in the words of their code.
+- `blocks`, `rotary`, `attention`, `feed_forward`, `decoder`: layers and models, in the words of their code. `mixture`,
+  `routing`: mixtures of experts, over the operators of `selection`.
 - `bert`, `encoder`: encoders' layers and embeddings, and their pass up to a masked language model's loss.
 - `states`, `step`: parameters as leaves, clipping, optimizers. `stretch`: repeated layers are written five times.
 - `data_parallel`: what happens around layers on several GPUs; `fsdp`, `ddp`, `zero` (with

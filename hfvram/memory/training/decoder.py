@@ -7,19 +7,21 @@ from collections.abc import Callable
 from typing import Final
 
 from hfvram.memory.timeline import Tag
-from hfvram.memory.training import bert, gpt, opt
+from hfvram.memory.training import bert, gpt, opt, selection
 from hfvram.memory.training import operators as op
 from hfvram.memory.training.attention import attention
 from hfvram.memory.training.blocks import DROPPED, HIDDEN, normalize, unknown
 from hfvram.memory.training.feed_forward import feed_forward
 from hfvram.memory.training.kinds import kind_of
+from hfvram.memory.training.mixture import mixture
+from hfvram.memory.training.routing import BALANCE, balance
 from hfvram.memory.training.state_space import state_space
 from hfvram.memory.training.states import Blocks, States, Weights
-from hfvram.memory.training.surroundings import POSITIONS, Surroundings, counted, positions, surround
+from hfvram.memory.training.surroundings import POSITIONS, Surroundings, angles, counted, masks, positions, surround
 from hfvram.memory.training.tape import Tape
 from hfvram.memory.training.tensors import Tensor
 from hfvram.model.architecture import Architecture
-from hfvram.model.layers import Attention, Dropout, FeedForward, Layer
+from hfvram.model.layers import Attention, Dropout, FeedForward, Layer, MixtureOfExperts
 from hfvram.request import Request
 
 LOSS = "transformers 5.17: loss_utils.py ForCausalLMLoss"
@@ -37,9 +39,9 @@ def forward(
     layers: list[tuple[Layer, int | None]],
     ids: Tensor,
     request: Request,
-) -> tuple[Tensor, Tensor]:
-    """One pass with labels. Returns the loss and the logits, which the model's output holds."""
-    hidden = decode(t, architecture, states, layers, ids, request)
+) -> tuple[Tensor, list[Tensor]]:
+    """One pass with labels. Returns the loss, and what the model's output holds beside it: logits, also routers'."""
+    hidden, routed = decode(t, architecture, states, layers, ids, request)
     table = states.head[0].tensor if states.head else states.before[0].tensor
     bias = states.head[1].tensor if len(states.head) > 1 else None
     kind = kind_of(architecture)
@@ -53,7 +55,13 @@ def forward(
         logits = op.scale(t, logits, LOGITS)
         logits = op.of_output(t, logits, LOGITS)
         logits = op.scale(t, logits, LOGITS)
-    return causal_loss(t, logits, ids), logits
+    loss = causal_loss(t, logits, ids)
+    held = [logits, *routed]
+    if routed:
+        assert architecture.moe is not None
+        held.append(balance(t, routed, architecture.moe.top_k))
+        loss = selection.add_in_place(t, loss, op.scale(t, held[-1], BALANCE))
+    return loss, held
 
 
 def decode(
@@ -63,11 +71,11 @@ def decode(
     layers: list[tuple[Layer, int | None]],
     ids: Tensor,
     request: Request,
-) -> Tensor:
-    """Hidden states of every token, normed. The embeddings are held to the end."""
+) -> tuple[Tensor, list[Tensor]]:
+    """Hidden states of every token, normed, and routers' logits. The embeddings are held to the end."""
     kind = kind_of(architecture)
     embedded = op.embedding(t, ids, states.before[0].tensor, EMBEDDED)
-    if kind.scaled:
+    if kind.scaled == "first":
         embedded = op.scale(t, embedded, EMBEDDED)
     around = Surroundings(architecture.class_name, kind, request)
     around.dropout = layers[0][0].dropout if layers else Dropout()
@@ -89,7 +97,11 @@ def decode(
         places = around.positions or positions(t, around, ids)
         learned = op.embedding(t, places.as_((1, ids.shape[1]), (ids.shape[1], 1)), states.before[1].tensor, EMBEDDED)
         hidden = op.add(t, embedded, learned, EMBEDDED)
-    if kind.embedding not in ("late positions", "counted ones"):
+    if kind.scaled == "after masks":
+        masks(t, [layer for layer, _ in layers], around, ids, embedded.dtype)
+        embedded = hidden = op.scale(t, embedded, EMBEDDED)
+        angles(t, [layer for layer, _ in layers], around, ids, embedded.dtype)
+    elif kind.embedding not in ("late positions", "counted ones"):
         surround(t, [layer for layer, _ in layers], around, ids, embedded.dtype)
     if kind.embedding == "late norm":
         hidden = normalize(t, hidden, (), architecture.text.layers[0].norm, kind.norm)
@@ -101,8 +113,10 @@ def decode(
     if kind.embedding == "counted ones" and len(states.before) > 2:
         hidden = op.linear(t, hidden, states.before[2].tensor, None, EMBEDDED)
     around.held = around.ones = None
+    used = {m.window for layer, _ in layers for m in layer.mixers if isinstance(m, Attention)}
+    around.masks = {window: mask for window, mask in around.masks.items() if window in used}
     del embedded
-    return hidden
+    return hidden, around.router_logits
 
 
 def through(
@@ -159,8 +173,9 @@ def run_layer(t: Tape, layer: Layer, blocks: Blocks, hidden: Tensor, around: Sur
     (mixer,), (leaves,) = layer.mixers, blocks.mixers
     if not isinstance(mixer, Attention):
         raise unknown(f"{mixer.kind} of {around.class_name}")
-    if not isinstance(layer.feed_forward, FeedForward):
-        raise unknown(f"the feed-forward of {around.class_name}")
+    feed = layer.feed_forward
+    if feed is None:
+        raise unknown(f"a layer of {around.class_name}")
     before, after = layer.norm_position != "post", layer.norm_position != "pre"
     residual = hidden
     if before:
@@ -172,7 +187,10 @@ def run_layer(t: Tape, layer: Layer, blocks: Blocks, hidden: Tensor, around: Sur
     residual = hidden
     if before:
         hidden = normalize(t, hidden, own.norm(size), layer.norm, code)
-    hidden = feed_forward(t, layer.feed_forward, Weights(blocks.feed_forward), hidden)
+    if isinstance(feed, MixtureOfExperts):
+        hidden = mixture(t, feed, blocks.feed_forward, hidden, around)
+    else:
+        hidden = feed_forward(t, feed, Weights(blocks.feed_forward), hidden)
     if after:
         hidden = normalize(t, hidden, own.norm(size), layer.norm, code)
     if around.kind.drops_inside:

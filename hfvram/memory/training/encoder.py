@@ -27,14 +27,14 @@ def forward(
     layers: list[tuple[Layer, int | None]],
     ids: Tensor,
     request: Request,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, list[Tensor]]:
     """One pass with labels. Returns the loss and the logits, which the model's output holds."""
     around = Surroundings(architecture.class_name, kind_of(architecture), request)
     around.dropout = layers[0][0].dropout if layers else Dropout()
     encoded = encode(t, states, layers, ids, around)
     logits = _masked_head(t, architecture, states, encoded)
     rows = op.reshape(t, logits, -1, logits.shape[-1])
-    return op.cross_entropy(t, rows, ids.as_((ids.numel,), (1,)), LOG_PROBABILITIES), logits
+    return op.cross_entropy(t, rows, ids.as_((ids.numel,), (1,)), LOG_PROBABILITIES), [logits]
 
 
 def encode(

@@ -25,11 +25,10 @@ def feed_forward(t: Tape, part: FeedForward, w: Weights, x: Tensor) -> Tensor:
         product = op.mul(t, up, activate(t, gate, part.activation), PRODUCT)
         return w.linear(t, product, DOWN)
     if part.gated:
-        return _gated(t, part, w, x)
+        return gated(t, part.activation, w, x)
     return w.linear(t, activate(t, w.linear(t, x, WIDE), part.activation), DOWN)
 
 
-def _gated(t: Tape, part: FeedForward, w: Weights, x: Tensor) -> Tensor:
-    return w.linear(
-        t, op.mul(t, activate(t, w.linear(t, x, WIDE), part.activation), w.linear(t, x, WIDE), PRODUCT), DOWN
-    )
+def gated(t: Tape, activation: str, w: Weights, x: Tensor) -> Tensor:
+    """down(act(gate(x)) · up(x))"""
+    return w.linear(t, op.mul(t, activate(t, w.linear(t, x, WIDE), activation), w.linear(t, x, WIDE), PRODUCT), DOWN)

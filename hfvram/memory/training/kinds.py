@@ -23,8 +23,9 @@ Rotation = Literal[
 ]
 """Rotary positions of halves: over whole heads (forward or back), over a part joined with the rest (each at once, one
 after the other, or both at the end), or in fp32 and cast back; and of neighbours, so as well."""
-NormOrder = Literal["last", "first", "between", "after each"]
-"""Where a layer's norms stand among its parameters: after its parts, before them, or one before or after each."""
+NormOrder = Literal["last", "first", "between", "after each", "middle"]
+"""Where a layer's norms stand among its parameters: after its parts, before them, one before or after each, or
+all before its feed-forward."""
 Embedding = Literal[
     "tokens",
     "positions",
@@ -61,7 +62,7 @@ class Kind:
     sums: Literal["branches first", "residual first"] = "residual first"
     """What a layer of two branches over one norm adds up first."""
     embedding: Embedding = "tokens"
-    masks: Literal["used", "both"] = "used"
+    masks: Literal["used", "both", "always both"] = "used"
     """Masks are made for the layers that there are, or for full attention and a window in any case."""
     interleaved: bool = False
     """Queries, keys and values of a head lie side by side."""
@@ -78,8 +79,8 @@ class Kind:
     norms: NormOrder = "last"
     final_first: bool = False
     """The last norm's parameters stand before those of the layers."""
-    scaled: bool = False
-    """The embeddings are multiplied by a number."""
+    scaled: Literal["no", "first", "after masks"] = "no"
+    """When the embeddings are multiplied by a number."""
     multiplied: bool = False
     """So are what joins the residual, and the logits."""
     scaled_logits: bool = False
@@ -99,6 +100,13 @@ class Kind:
     """That norm has a bias and is one for all heads; else a LayerNorm is one for each."""
     drops_inside: bool = False
     """The attention itself drops what it returns."""
+    router: Literal["probabilities", "cast back", "chosen first"] | None = None
+    """How experts are chosen: `routing.ROUTERS`."""
+    shared: Literal["first", "weighted", "last"] = "first"
+    """Shared experts run before the routed ones, weighted by a gate of their own (Qwen2) or not,
+    or after them (DeepSeek)."""
+    balance: bool = False
+    """A loss of the routers' logits is there to be asked for."""
     head_first: bool = False
     """The head is built before the encoder."""
     head_gelu: bool = False
@@ -108,7 +116,7 @@ class Kind:
 _LLAMA = Kind()
 _BERT = Kind(layer="norm after", embedding="summed", norms="after each", own_softmax=True)
 _ROBERTA = replace(_BERT, embedding="counted positions", head_gelu=True)
-_GEMMA = Kind(norm="plus one", scaled=True)
+_GEMMA = Kind(norm="plus one", scaled="first")
 
 _MAMBA = Kind(norms="first", layer="state space", counts=False, wide_logits=True)
 
@@ -120,7 +128,7 @@ KINDS: Final[dict[str, Kind]] = {
     "starcoder2": _LLAMA,
     "arcee": _LLAMA,
     "cwm": _LLAMA,
-    "granite": Kind(scaled=True, multiplied=True),
+    "granite": Kind(scaled="first", multiplied=True),
     "phi3": Kind(rotates="joined"),
     "olmo2": Kind(norm="weight in fp32", rotates="fp32"),
     "seed_oss": Kind(drops_inside=True),
@@ -140,7 +148,7 @@ KINDS: Final[dict[str, Kind]] = {
     "camembert": replace(_ROBERTA, head_first=True),
     "gemma": _GEMMA,
     "gemma2": _GEMMA,
-    "gemma3_text": Kind(norm="plus one", scaled=True, masks="both", angles="by layer type", qk="all projected"),
+    "gemma3_text": Kind(norm="plus one", scaled="first", masks="both", angles="by layer type", qk="all projected"),
     "mamba": _MAMBA,
     "mamba2": _MAMBA,
     "falcon_mamba": _MAMBA,
@@ -169,6 +177,11 @@ KINDS: Final[dict[str, Kind]] = {
         scaled_logits=True,
     ),
     "cohere2": Kind(norm="weight cast", layer="one norm", masks="both", rotates="neighbours, fp32", scaled_logits=True),
+    "mixtral": Kind(router="probabilities", balance=True),
+    "olmoe": Kind(router="cast back", balance=True),
+    "qwen2_moe": Kind(router="cast back", shared="weighted", masks="always both", balance=True),
+    "qwen3_moe": Kind(router="cast back", balance=True),
+    "granitemoe": Kind(scaled="after masks", multiplied=True, norms="middle", router="chosen first"),
 }
 
 

@@ -171,7 +171,7 @@ def _adafactor(t: Tape, leaves: list[Leaf], kept: Kept) -> None:
             for factor in (rows, columns):
                 mean = _wide(t, factor)
                 del mean
-            total = _wide(t, ())
+            total = _wide(t, (*shape[:-2], 1) if len(shape) > 2 else ())
             row = _wide(t, rows)
             del total
             column = _wide(t, columns)

@@ -37,6 +37,8 @@ class Surroundings:
     """What a layer returned beside its output."""
     masks: dict[int | None, Tensor | None] = field(default_factory=dict)
     dropout: Dropout = field(default_factory=Dropout)
+    router_logits: list[Tensor] = field(default_factory=list)
+    """Of each mixture of experts, where a loss is made of them."""
 
     def of(self, layer: Layer) -> "Surroundings":
         """With the angles and the mask that this layer is given, where others are given other ones."""
@@ -59,6 +61,12 @@ class Surroundings:
 
 def surround(t: Tape, layers: list[Layer], found: Surroundings, ids: Tensor, dtype: str) -> None:
     """Make what the layers need, in the order of the model's code."""
+    masks(t, layers, found, ids, dtype)
+    angles(t, layers, found, ids, dtype)
+
+
+def masks(t: Tape, layers: list[Layer], found: Surroundings, ids: Tensor, dtype: str) -> None:
+    """Positions and masks."""
     mixers = {id(m): m for x in layers for m in x.mixers}.values()
     parts = [m for m in mixers if isinstance(m, Attention)]
     b, s = ids.shape
@@ -71,7 +79,9 @@ def surround(t: Tape, layers: list[Layer], found: Surroundings, ids: Tensor, dty
         windows.setdefault(None, parts[0])
         if len(windows) == 1:
             raise unknown(f"{found.class_name} without a layer that slides")
-    for window in sorted(windows, key=lambda w: w or 0):
+    if found.kind.masks == "always both":
+        windows = {None: parts[0], (max(windows, key=lambda w: w or 0) or 0): parts[0]}
+    for window in sorted(windows, key=lambda w: -1 if w is None else w):
         if found.kind.counts and not found.request.padding:
             _packed(t, b, s)
         if found.request.attention == "flash_attention_2":
@@ -81,6 +91,12 @@ def surround(t: Tape, layers: list[Layer], found: Surroundings, ids: Tensor, dty
             continue
         given, padded = found.ones is not None or found.request.padding, found.request.padding
         found.masks[window] = _mask(t, window, found.eager(windows[window]), b, s, dtype, given, padded)
+
+
+def angles(t: Tape, layers: list[Layer], found: Surroundings, ids: Tensor, dtype: str) -> None:
+    """Of all layers' rotary positions."""
+    s = ids.shape[1]
+    parts = [m for x in layers for m in x.mixers if isinstance(m, Attention)]
     by_type = found.kind.angles == "by layer type"
     for key in sorted({(m.rotary.dim, m.kind if by_type else "") for m in parts if m.rotary}):
         found.rotary[key] = _angles(t, s, key[0], "fp32" if found.kind.rotates in WIDE else dtype)

@@ -45,7 +45,8 @@ def timeline(architecture: Architecture, request: Request, on_meta: bool = False
     """
     refuse(architecture, request)
     layers, groups = plan(architecture.text.layers)
-    if whole:
+    moe = architecture.moe
+    if whole or (moe and moe.auxiliary):  # a loss of all layers' routers does not repeat with them
         layers, groups = [(x, None) for x in architecture.text.layers], 0
     request = precision(request)
     t = Timeline(stands(architecture, request))
@@ -156,8 +157,8 @@ def _steps(
             tape.mark("forward")
             parts.enter_model()
             tape.autocast = precision
-            loss, logits = FORWARD[architecture.task](tape, architecture, states, layers, ids, request)
-            parts.leave_model((loss, logits))
+            loss, held = FORWARD[architecture.task](tape, architecture, states, layers, ids, request)
+            parts.leave_model((loss, *held))
             scaled = loss if scale is None else op.mul(tape, loss, scale, SCALE)
             tape.autocast = None
             tape.casts.clear()
@@ -167,7 +168,7 @@ def _steps(
             tape.backward(scaled)
             tape.enter(None)
             _label(t, range(before, len(t.sizes)), "recomputed")
-            del loss, logits, scaled
+            del loss, held, scaled
         tape.mark("clipping")
         parts.clip(tensors)
         tape.mark("optimizer step")

@@ -31,6 +31,8 @@ class Experts:
     shared: str = ""
     """Name of the shared experts' module, "" where there are none."""
     shared_width: Callable[[Config], int] = lambda config: 0
+    experts_first: bool = False
+    """The experts stand before the router."""
     sparse: Callable[[Config, int], bool] = lambda config, index: True
     """Whether the feed-forward of this layer is a mixture."""
 
@@ -68,14 +70,15 @@ DEEPSEEK = Experts(
     routing_fp32=True,
     shared="shared_experts",
     shared_width=shared_experts,
+    experts_first=True,
     sparse=first_dense,
 )
 EXPERTS: dict[str, Experts] = {
     "mixtral": Experts(routing_fp32=True),
     "minimax_m2": Experts(routing_fp32=True),
     "olmoe": Experts(routing_fp32=False),
-    "qwen3_moe": Experts(routing_fp32=False, width="moe_intermediate_size", sparse=_qwen),
-    "qwen3_vl_moe_text": Experts(routing_fp32=False, width="moe_intermediate_size", sparse=_qwen),
+    "qwen3_moe": Experts(routing_fp32=False, width="moe_intermediate_size", experts_first=True, sparse=_qwen),
+    "qwen3_vl_moe_text": Experts(routing_fp32=False, width="moe_intermediate_size", experts_first=True, sparse=_qwen),
     "qwen2_moe": Experts(
         routing_fp32=False,
         width="moe_intermediate_size",
@@ -143,9 +146,10 @@ def mixture_of_experts(config: Config, layout: Experts, hidden: int) -> MixtureO
             Param(f"{experts}.down_proj_bias", (count, hidden), "experts"),
         )
     else:
-        params += blocks.fused_experts(experts, count, hidden, width)
-    if config.model_type == "ernie4_5_moe":
-        params += (Param(f"{router}.moe_statics.e_score_correction_bias", (1, count), "other"),)
+        if config.model_type == "ernie4_5_moe":
+            params += (Param(f"{router}.moe_statics.e_score_correction_bias", (1, count), "other"),)
+        fused = blocks.fused_experts(experts, count, hidden, width)
+        params = fused + params if layout.experts_first else params + fused
     if shared:
         params += _shared(config, layout, hidden, shared)
     return MixtureOfExperts(
@@ -158,6 +162,9 @@ def mixture_of_experts(config: Config, layout: Experts, hidden: int) -> MixtureO
         router_fp32=layout.router_fp32,
         routing_fp32=layout.routing_fp32,
         expert_bias=config.model_type == "gpt_oss",
+        normalized=config.flag("norm_topk_prob"),
+        auxiliary=config.flag("output_router_logits"),
+        jitter=bool(config.number("router_jitter_noise", "input_jitter_noise", default=0.0)),
         params=params,
     )
 

@@ -1,0 +1,104 @@
+"""Mixtures of experts with gradients: the router's choice, experts by a grouped matmul, and shared experts.
+
+Routing is taken to be balanced (as in `memory/exact/data_dependent.py`), which changes no size: tokens are copied for
+each of their k experts and sorted by expert, whichever these are. Experts that are frozen (LoRA) keep no inputs.
+Source: transformers 5.17, integrations/moe.py `grouped_mm_experts_forward`, models/mixtral/modeling_mixtral.py.
+"""
+
+from collections.abc import Sequence
+
+from hfvram.memory.timeline import Tag
+from hfvram.memory.training import operators as op
+from hfvram.memory.training import selection
+from hfvram.memory.training.blocks import activate, unknown
+from hfvram.memory.training.feed_forward import DOWN, gated
+from hfvram.memory.training.routing import ROUTERS
+from hfvram.memory.training.states import Leaf, Weights
+from hfvram.memory.training.surroundings import Surroundings
+from hfvram.memory.training.tape import Tape
+from hfvram.memory.training.tensors import Tensor
+from hfvram.model.layers import MixtureOfExperts
+
+GROUPED = "transformers 5.17: grouped_mm_experts_forward"
+ORDER = Tag("experts, order of tokens", "activations", "b·s·k·8", GROUPED)
+CHOSEN = Tag("experts, tokens by expert", "activations", "b·s·k·h·e", GROUPED)
+EXPERT = Tag("experts, gate and up", "activations", "b·s·k·2·f·e", GROUPED)
+PRODUCT = Tag("experts, product", "activations", "b·s·k·f·e", GROUPED)
+WEIGHTED = Tag("experts, weighted outputs", "activations", "b·s·k·h·4", GROUPED)
+NOISE = Tag("noise on the router's input", "activations", "b·s·h·e", "transformers 5.17: MixtralSparseMoeBlock.forward")
+SHARED = Tag("shared expert's gate", "activations", "b·s·h·e", "transformers 5.17: Qwen2MoeSparseMoeBlock.forward")
+
+
+def mixture(t: Tape, part: MixtureOfExperts, leaves: Sequence[Leaf], x: Tensor, around: Surroundings) -> Tensor:
+    """The mixture of one layer over its normed input (b, s, h)."""
+    kind = around.kind
+    if kind.router is None or part.every_token or not part.fused or part.latent_size:
+        raise unknown(f"the experts of {around.class_name}")
+    route = ROUTERS[kind.router]
+    own = [leaf for leaf in leaves if leaf.param.kind == "experts"]
+    shared = Weights([leaf for leaf in leaves if "shared" in leaf.param.name])
+    router = Weights([leaf for leaf in leaves if leaf not in own and "shared" not in leaf.param.name])
+    b, s, h = x.shape
+    if part.jitter:
+        x = selection.noisy(t, x, NOISE)
+    flat = op.reshape(t, x, b * s, h)
+    beside = None
+    if part.shared_intermediate_size and kind.shared != "last":
+        beside = gated(t, part.activation, shared, flat)
+    logits, weights, chosen = route(t, part, router, flat)
+    if part.auxiliary and (not kind.balance or around.request.padding):
+        raise unknown(f"output_router_logits of {around.class_name}")
+    if part.auxiliary and t.redone is None:
+        around.router_logits.append(logits)
+    out = experts(t, part, own, flat, weights, chosen)
+    if kind.shared == "last":
+        out = op.reshape(t, out, b, s, h)
+        return op.add(t, out, gated(t, part.activation, shared, x), DOWN) if part.shared_intermediate_size else out
+    if beside is not None and kind.shared == "weighted":
+        beside = op.mul(t, op.of_output(t, shared.linear(t, flat, SHARED), SHARED), beside, SHARED)
+    if beside is not None:
+        out = op.add(t, out, beside, DOWN)
+    return op.reshape(t, out, b, s, h)
+
+
+def experts(t: Tape, part: MixtureOfExperts, own: Sequence[Leaf], x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+    """Tokens sorted by expert, the experts' products over them, weighted and put back in order."""
+    n, k = chosen.shape
+    size = n * k
+    up, down = own[0].tensor, own[1].tensor
+    flat_weights = op.reshape(t, weights, size)
+    by_expert, order = t.new((size,), "int64", None, ORDER), t.new((size,), "int64", None, ORDER)
+    t.moment(size * 8, size * 8)  # of the sort
+    tokens = selection.rows(t, x, t.new((size,), "int64", None, ORDER), CHOSEN)
+    sorted_weights = selection.rows(t, flat_weights, order, WEIGHTED)
+    whole = t.new((size,), "int32", None, ORDER)
+    counts = t.new((part.experts,), "int32", None, ORDER)
+    ends = t.new((part.experts,), "int32", None, ORDER)
+    beyond = t.new((size,), "bool", None, ORDER).as_((size, 1), (1, 1))
+    tokens = selection.masked_in_place(t, tokens, beyond)
+    out = _product(t, tokens, up, ends, EXPERT)
+    out = selection.masked(t, out, beyond, EXPERT)
+    out = _apply(t, part, out)
+    out = _product(t, out, down, ends, CHOSEN)
+    out = selection.masked(t, out, beyond, CHOSEN)
+    weighted = op.mul(t, out, op.reshape(t, sorted_weights, size, 1), WEIGHTED)
+    back = t.new((size,), "int64", None, ORDER)
+    count = t.new((size,), "int64", None, ORDER)
+    del count
+    weighted = selection.rows(t, weighted, back, WEIGHTED)
+    total = selection.total(t, op.reshape(t, weighted, n, k, x.shape[1]), 1, tag=WEIGHTED)
+    found = op.to(t, total, x.dtype, DOWN)
+    del by_expert, whole, counts
+    return found
+
+
+def _product(t: Tape, x: Tensor, weight: Tensor, ends: Tensor, tag: Tag) -> Tensor:
+    turned = op.transpose(t, weight, 1, 2)
+    return selection.grouped_product(t, op.to(t, x, weight.dtype, tag), turned, ends, True, tag)
+
+
+def _apply(t: Tape, part: MixtureOfExperts, both: Tensor) -> Tensor:
+    if not part.gated:
+        return activate(t, both, part.activation)
+    gate, up = op.split(t, both, -1, part.intermediate_size, part.intermediate_size)
+    return op.mul(t, activate(t, gate, part.activation), up, PRODUCT)
