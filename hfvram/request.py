@@ -25,6 +25,11 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 """Values of each option that takes one of a few words; the first is the default, unless None is."""
 
+COUNTS = (
+    *("ctx", "batch", "new_tokens", "grad_accum", "lora_r", "gpus", "tp", "pp", "ep", "cp"),
+    *("max_num_seqs", "max_num_batched_tokens"),
+)
+"""Options that are whole numbers from 1 on."""
 OFFLOADS = ("optimizer", "params", "activations", "experts", "layers", "optimizer=nvme", "params=nvme")
 """What may live in CPU memory; with `=nvme` beyond it, on a drive, as DeepSpeed offloads."""
 
@@ -66,6 +71,13 @@ class Request:
     fsdp: str | None = None
     offload: tuple[str, ...] = ()
     engine: str = "transformers"
+    gpu_memory_utilization: float | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    enforce_eager: bool = False
+    mem_fraction_static: float | None = None
+    engine_args: str | None = None
+    requests: str | None = None
     gpu: str | None = None
     max_ctx: bool = False
     max_batch: bool = False
@@ -80,7 +92,7 @@ class Request:
             if value not in choices and not (value is None and _DEFAULTS.get(name) is None):
                 shown = printable(str(value), 40)
                 raise HfvramError("usage", f"{_flag(name)} {shown} is not one of {', '.join(choices)}")
-        for name in ("ctx", "batch", "new_tokens", "grad_accum", "lora_r", "gpus", "tp", "pp", "ep", "cp"):
+        for name in COUNTS:
             value = getattr(self, name)
             if value is not None and not 1 <= value <= 10**9:
                 raise HfvramError("usage", f"{_flag(name)} {value} is out of range: a whole number from 1 to 10^9")
@@ -94,6 +106,11 @@ class Request:
                 raise HfvramError("usage", f"--offload {printable(what, 40)} is not one of {', '.join(OFFLOADS)}")
         if not 0 <= self.lora_dropout < 1:
             raise HfvramError("usage", f"--lora-dropout {self.lora_dropout} is not in 0 ≤ p < 1")
+        for name in ("gpu_memory_utilization", "mem_fraction_static"):
+            if (share := getattr(self, name)) is not None and not 0 < share <= 1:
+                raise HfvramError("usage", f"{_flag(name)} {share} is not in 0 < F ≤ 1")
+        if self.requests is not None:
+            lengths(self.requests)
         if self.zero is not None and self.zero not in (0, 1, 2, 3):
             raise HfvramError("usage", f"--zero {self.zero} is not one of 0, 1, 2, 3")
 
@@ -115,6 +132,23 @@ class Request:
 
     def with_(self, **changes: Any) -> "Request":
         return replace(self, **changes)
+
+
+def lengths(text: str) -> list[tuple[int, int]]:
+    """Concurrent requests as (count, tokens) pairs. Raises `usage`.
+
+    >>> lengths("512x2048,16x32k")
+    [(512, 2048), (16, 32768)]
+    """
+    found = []
+    for part in text.split(","):
+        count, x, tokens = part.strip().partition("x")
+        each = parse_tokens(tokens)
+        if not (x and count.isascii() and count.isdigit() and each and 1 <= int(count) <= 10**6 and each <= 10**9):
+            shown = printable(part.strip(), 40)
+            raise HfvramError("usage", f"--requests {shown!r} is not count × tokens, as in 512x2048,16x32768")
+        found.append((int(count), each))
+    return found
 
 
 _DEFAULTS = {f.name: None if f.default is MISSING else f.default for f in fields(Request)}
@@ -144,8 +178,17 @@ def _converted(name: str, value: Any) -> Any:
     elif float in types:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
+        if isinstance(value, str) and (number := _float(value)) is not None:
+            return number
     elif isinstance(value, str):
         return value
     wants = {bool: "true or false", int: "a whole number", float: "a number"}
     want = next((words for kind, words in wants.items() if kind in types), "text")
     raise HfvramError("usage", f"{_flag(name)} {printable(repr(value), 60)} is not {want}")
+
+
+def _float(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

@@ -148,6 +148,29 @@ class Recommended:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Serving:
+    """A serving engine's pool for the cache on each GPU; None where no GPU is named, which decides it.
+
+    `kv_tokens` is its size as the engine prints it, `kv_bytes_per_token` the pool over that, `max_concurrency` the
+    requests of `ctx` tokens that it holds. Below: what the pool consists of, and the parts that it leaves room for.
+    """
+
+    kv_bytes_per_token: int
+    kv_pool_bytes: int | None
+    kv_tokens: int | None
+    max_concurrency: float | None
+    blocks: int | None
+    block_bytes: int
+    state_bytes: int
+    """Of the recurrent layers, a request; 0 where states are in the blocks."""
+    state_slots: int | None
+    loaded_bytes: int
+    activation_bytes: int
+    non_torch_bytes: int
+    graph_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
     """What a request takes on one GPU. `items` stand at the peak and add up to `peak_allocated_bytes` exactly.
 
@@ -174,7 +197,7 @@ class Estimate:
     offloaded: tuple[Offloaded, ...] = ()
     interval: Interval
     guide: RuleOfThumb
-    serving: None = None
+    serving: Serving | None = None
     fit: Fit | None = None
     recommended: tuple[Recommended, ...] = ()
     largest_tensors: tuple[LiveTensor, ...] = ()
@@ -194,6 +217,7 @@ class Estimate:
         out["largest_tensors"] = [_shallow(tensor) | {"shape": list(tensor.shape)} for tensor in self.largest_tensors]
         out["phases"] = [_shallow(phase) for phase in self.phases]
         out["ranks"] = [_shallow(rank) for rank in self.ranks]
+        out["serving"] = self.serving and _shallow(self.serving)
         out["fit"] = self.fit and {**_shallow(self.fit), "ways": [_shallow(way) for way in self.fit.ways]}
         out["recommended"] = [_shallow(r) for r in self.recommended]
         out["components"] = [{"name": n, **e.to_dict()} for n, e in self.components]

@@ -4,7 +4,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 
 from hfvram import __version__
-from hfvram.answer import guide, pipeline
+from hfvram.answer import guide, pipeline, serving, serving_options
 from hfvram.answer.estimate import Estimate, Fit, Interval, Rank, Recommended
 from hfvram.answer.facts import facts, guide_items
 from hfvram.answer.fit import judge
@@ -52,11 +52,14 @@ class Session:
         file: str | None = None,
     ) -> Estimate:
         """What `request` takes of one GPU. Raises `HfvramError` of every kind of SPEC's table."""
+        request, notes = serving_options.from_line(request)
         without = False
         if request.method == "auto" and simulated_by_default(request):
             without = request.mode == "train" and not (find_spec("torch") and find_spec("transformers"))
             request = request.with_(method="formula" if without else "simulate")
-        check(request)
+        serving_options.check(request)
+        if request.engine not in serving_options.ENGINES:
+            check(request)
         allowed = (request.allow_unknown, request.trust_remote_code, request.method)
         key = (model, revision, token, offline, file, *allowed)
         if key not in self._models:
@@ -69,6 +72,8 @@ class Session:
         if isinstance(known, HfvramError):
             raise known
         found = answer(known, request)
+        if notes:
+            found = replace(found, warnings=(*found.warnings, *notes))
         return replace(found, warnings=(*found.warnings, INEXACT)) if without else found
 
 
@@ -108,13 +113,15 @@ def answer(model: Model, asked: Request) -> Estimate:
     gpu, note = find_gpu(asked.gpu) if asked.gpu else (None, None)
     if gpu and not asked.compute_capability:
         asked = asked.with_(compute_capability=gpu.capability)
-    found = estimate_of(model, asked)
+    served = asked.engine in serving_options.ENGINES
+    found = serving.estimate(model, asked, gpu) if served else estimate_of(model, asked)
     notes: list[str] = []
     if asked.recommend:
         recommended = (Recommended(gpu=g.name, capacity_bytes=g.memory_bytes) for g in recommend(found.device_bytes))
         found = replace(found, recommended=tuple(recommended))
     if gpu:
         notes += [note] if note else []
+    if gpu and not served:
         found = replace(found, fit=verdict(model, found, gpu))
     return replace(found, warnings=(*found.warnings, *notes, *_assumptions(model, found)))
 
@@ -226,7 +233,7 @@ def _fullest_bytes(model: Model, request: Request) -> int:
 def _assumptions(model: Model, found: Estimate) -> list[str]:
     """What the same request takes where an assumption that people can't see does not hold."""
     request = found.request
-    if model.components or request.method == "guide" or not model.architecture.closed_form:
+    if found.serving or model.components or request.method == "guide" or not model.architecture.closed_form:
         return []
     inference, simulated = request.mode == "inference", request.method == "simulate"
 

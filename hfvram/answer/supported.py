@@ -9,7 +9,7 @@ from hfvram.request import Request
 
 SUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
     "mode": ("inference", "train", "lora", "qlora"),
-    "engine": ("transformers",),
+    "engine": ("transformers", "vllm", "sglang"),
     "method": ("auto", "formula", "simulate", "guide"),
     "cache": ("dynamic", "static"),
     "gpus": (None, 1),

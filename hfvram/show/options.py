@@ -11,8 +11,7 @@ GRID = ("ctx", "batch", "quant", "gpus", "gpu", "kv_dtype")
 """Options that take a comma list: each value is a request of its own."""
 
 LATER = (
-    "gpu_memory_utilization", "max_num_seqs", "max_num_batched_tokens", "enforce_eager", "n_gpu_layers", "n_cpu_moe",
-    "override_tensor", "mem_fraction_static", "engine_args", "requests", "draft", "from", "plot",
+    "n_gpu_layers", "n_cpu_moe", "override_tensor", "draft", "from", "plot",
 )  # fmt: skip
 """Options that a later version answers; until then they are refused, never ignored."""
 
@@ -74,15 +73,15 @@ GROUPS = (
     )),
     Group("Engines", (
         ("--engine", "", "what runs it"),
-        ("--gpu-memory-utilization", "F", "vLLM"),
-        ("--max-num-seqs", "N", "vLLM"),
-        ("--max-num-batched-tokens", "N", "vLLM"),
-        ("--enforce-eager", "", "vLLM"),
-        ("--mem-fraction-static", "F", "SGLang"),
+        ("--gpu-memory-utilization", "F", "vLLM: share of the GPU that it plans with (0.9)"),
+        ("--max-num-seqs", "N", "vLLM: sequences at once (256, 1024 on large GPUs); SGLang: --max-running-requests"),
+        ("--max-num-batched-tokens", "N", "vLLM: tokens a step (2048, 8192); SGLang: --chunked-prefill-size"),
+        ("--enforce-eager", "", "no CUDA graphs"),
+        ("--mem-fraction-static", "F", "SGLang: share of the GPU for weights and cache (by the GPU's size)"),
         ("--n-gpu-layers", "N", "llama.cpp"),
         ("--n-cpu-moe", "N", "llama.cpp"),
         ("--override-tensor", "SPEC", "llama.cpp"),
-        ("--engine-args", "LINE", "a whole command line of an engine"),
+        ("--engine-args", "LINE", "the line that starts the engine: \"vllm serve …\"; other options win over it"),
         ("--requests", "LIST", "concurrent requests, count × tokens: 512x2048,16x32768"),
         ("--draft", "MODEL", "speculative decoding"),
         ("--from", "FILE", "a training or DeepSpeed configuration file"),

@@ -1,0 +1,135 @@
+"""A request to a serving engine: what it may ask, what it leaves open, and what the engine is then started with."""
+
+from typing import Any, Final
+
+from hfvram.answer.gpus import Gpu
+from hfvram.answer.resolve import DEFAULT_CTX
+from hfvram.errors import HfvramError
+from hfvram.memory.forward import ELEMENT_BYTES
+from hfvram.memory.serving import sglang, vllm
+from hfvram.memory.serving.options import Options
+from hfvram.memory.serving.plan import Plan
+from hfvram.memory.weights import packed_bits
+from hfvram.model import caching, rope
+from hfvram.model.identify import Model
+from hfvram.read import engine_line
+from hfvram.request import CHOICES, Request, lengths
+
+ENGINES: Final = ("vllm", "sglang")
+NAMES: Final = {"vllm": "vLLM", "sglang": "SGLang"}
+PLANS: Final = {"vllm": vllm.plan, "sglang": sglang.plan}
+OWN: Final = {"vllm": ("gpu_memory_utilization",), "sglang": ("mem_fraction_static",)}
+SHARED: Final = ("max_num_seqs", "max_num_batched_tokens", "enforce_eager", "requests", "engine_args")
+NO_USE: Final = (
+    *("padding", "cache", "attention", "kernels", "ep", "cp", "sp", "zero", "fsdp", "offload"),
+    "expandable_segments",
+)
+"""Options that mean nothing to a serving engine, or that are not answered for one yet."""
+CACHE_BYTES: Final = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
+
+
+def check(request: Request) -> None:
+    """Raises `usage` for what a serving engine can't do, and for its options without it."""
+    own = OWN.get(request.engine, ())
+    for name in (*SHARED, *(n for names in OWN.values() for n in names)):
+        if getattr(request, name) not in (None, False) and (
+            request.engine not in ENGINES or name not in (*own, *SHARED)
+        ):
+            owners = [e for e in ENGINES if name in (*OWN[e], *SHARED)]
+            raise HfvramError("usage", f"--{name.replace('_', '-')} goes with --engine {' or '.join(owners)}")
+    if request.engine not in ENGINES:
+        return
+    default = Request()
+    for name in NO_USE:
+        if getattr(request, name) != getattr(default, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise HfvramError("usage", f"{flag} is not supported with --engine {request.engine}")
+    for name, valid in (("mode", ("inference",)), ("phase", (None, "generate")), ("method", ("auto", "formula"))):
+        if (value := getattr(request, name)) not in valid:
+            raise HfvramError("usage", f"--{name} {value} is not supported with --engine {request.engine}")
+    if request.requests and (request.max_ctx or request.max_batch):
+        raise HfvramError("usage", "--max-ctx and --max-batch ask about requests of one length: leave --requests out")
+
+
+def from_line(request: Request) -> tuple[Request, list[str]]:
+    """The request with what its `engine_args` ask for, where it doesn't say otherwise itself; what isn't understood."""
+    if request.engine_args is None:
+        return request, []
+    line = engine_line.parse(request.engine_args)
+    if request.engine not in ("transformers", line.options["engine"]):
+        raise HfvramError("usage", f"--engine {request.engine}, but --engine-args starts {line.options['engine']}")
+    given, default = request.to_dict(), Request().to_dict()
+    asked = {k: v for k, v in line.options.items() if k in given and given[k] == default[k]}
+    notes = [f"not understood of --engine-args: {', '.join(line.unknown)}"] if line.unknown else []
+    return Request.from_dict({**{k: v for k, v in given.items() if v != default[k]}, **asked}), notes
+
+
+def resolve(model: Model, request: Request) -> tuple[Request, list[str]]:
+    """The request with nothing left open but what the engine decides, and warnings."""
+    a, warnings = model.architecture, []
+    if a.task != "causal" or not a.generates or not a.closed_form:
+        what = "its layers are not known here" if not a.closed_form else "only decoders are"
+        raise HfvramError("usage", f"{a.class_name} is not supported with --engine {request.engine}: {what}")
+    limit = a.max_positions
+    ctx = request.ctx or min(DEFAULT_CTX, limit or DEFAULT_CTX)
+    longest = max([ctx, *(n for _, n in lengths(request.requests or "1x1"))])
+    if limit and longest > limit:
+        warnings.append(f"{longest:,} tokens are over the model's limit of {limit:,}")
+    if request.requests and not request.ctx:
+        ctx = longest
+    if longest > ctx:
+        raise HfvramError("usage", f"--requests has one of {longest:,} tokens, more than --ctx {ctx:,}")
+    dtype = request.dtype if request.dtype != "auto" else "fp16" if a.dtype == "fp16" else "bf16"
+    own = a.quantization or "none"
+    quant = own if request.quant == "auto" else request.quant
+    if quant not in ("none", own, "fp8") or (quant == "fp8" and own not in ("none", "fp8")):
+        valid = ", ".join(dict.fromkeys(("auto", "none", *(["fp8"] if own == "none" else []))))
+        raise HfvramError("usage", f"--quant {request.quant} with --engine {request.engine}: valid are {valid}")
+    if quant not in ("none", "nf4", "fp4", "int8", "mxfp4") and packed_bits(quant) is None:
+        raise HfvramError("usage", f"quantization {quant} is not supported yet: --quant none answers for {dtype}")
+    kv = request.kv_dtype if request.kv_dtype != "auto" else caching.cache_dtype(model.checkpoint.config) or dtype
+    if kv not in CACHE_BYTES:
+        valid = ", ".join(k for k in CHOICES["kv_dtype"] if k in ("auto", *CACHE_BYTES))
+        raise HfvramError("usage", f"--kv-dtype {kv} with --engine {request.engine}: valid are {valid}")
+    if len(a.stacks) > 1:
+        warnings.append("images and sound take memory while they are encoded, which is roughly counted")
+    if adapter := a.adapter:
+        warnings.append(f"the adapter's {len(adapter)} tensors count as if they were merged into the model")
+    changes: dict[str, Any] = {"ctx": ctx, "dtype": dtype, "gpus": mesh_of(request).gpus, "method": "formula"}
+    changes |= {"phase": "generate", "kv_dtype": kv if kv in CHOICES["kv_dtype"] else "auto"}
+    changes |= {"quant": quant if quant in CHOICES["quant"] else request.quant}
+    return request.with_(**changes), warnings
+
+
+def options(model: Model, request: Request, gpu: Gpu | None) -> Options:
+    """What the engine is started with."""
+    values, a = model.checkpoint.config, model.architecture
+    keys = ("mamba_ssm_dtype", "mamba_ssm_cache_dtype") if request.engine == "vllm" else ("mamba_ssm_dtype",)
+    return Options(
+        ctx=request.ctx or 1,
+        dtype=request.dtype,
+        quant=(a.quantization or "none") if request.quant == "auto" else request.quant,
+        cache_element_bytes=CACHE_BYTES.get(request.kv_dtype, ELEMENT_BYTES[request.dtype]),
+        tp=request.tp,
+        pp=request.pp,
+        gpu_bytes=gpu.memory_bytes if gpu else None,
+        gpu_name=gpu.name if gpu else "",
+        utilization=request.gpu_memory_utilization or request.mem_fraction_static,
+        max_num_seqs=request.max_num_seqs,
+        max_num_batched_tokens=request.max_num_batched_tokens,
+        enforce_eager=request.enforce_eager,
+        state_dtype=caching.state_dtype(values, *keys),
+    )
+
+
+def plan(model: Model, request: Request, gpu: Gpu | None) -> Plan:
+    """The engine's plan for a resolved request."""
+    a = model.architecture
+    return PLANS[request.engine](a, options(model, request, gpu), rope.tables(a, model.checkpoint.config))
+
+
+def asked_for(request: Request) -> tuple[int, ...]:
+    """Tokens of each concurrent request."""
+    if request.requests:
+        return tuple(n for count, n in lengths(request.requests) for _ in range(count))
+    return (request.ctx or 1,) * request.batch
