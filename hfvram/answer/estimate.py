@@ -161,6 +161,8 @@ class Serving:
     max_concurrency: float | None
     blocks: int | None
     block_bytes: int
+    sliding_bytes: int
+    """Of a token in SGLang's pool for sliding layers."""
     state_bytes: int
     """Of the recurrent layers, a request; 0 where states are in the blocks."""
     state_slots: int | None

@@ -111,9 +111,9 @@ def understand(checkpoint: Checkpoint, request: Request, token: str | None = Non
 def answer(model: Model, asked: Request) -> Estimate:
     """The estimate of a model that was read already, with the verdict where a GPU is named."""
     gpu, note = find_gpu(asked.gpu) if asked.gpu else (None, None)
-    if gpu and not asked.compute_capability:
-        asked = asked.with_(compute_capability=gpu.capability)
     served = asked.engine in serving_options.ENGINES
+    if gpu and not asked.compute_capability and not served:
+        asked = asked.with_(compute_capability=gpu.capability)
     found = serving.estimate(model, asked, gpu) if served else estimate_of(model, asked)
     notes: list[str] = []
     if asked.recommend:

@@ -73,6 +73,7 @@ def serving(found: Plan, request: Request) -> Serving:
         max_concurrency=None if concurrency is None else round(concurrency, 2),
         blocks=first.units if first else None,
         block_bytes=first.unit_bytes if first else 0,
+        sliding_bytes=next((p.unit_bytes for p in found.pools if p.name == "sliding tokens"), 0),
         state_bytes=next((p.unit_bytes for p in found.pools if p.name == "states"), 0),
         state_slots=next((p.units for p in found.pools if p.name == "states"), None),
         loaded_bytes=found.loaded_bytes,

@@ -53,7 +53,9 @@ def verdict(model: Model, request: Request, gpu: Gpu, found: Plan) -> Fit:
         gpu=gpu.name,
         capacity_bytes=gpu.memory_bytes,
         fits=fits,
-        headroom_bytes=pool - needed if fits or pool < needed else -1,
+        headroom_bytes=pool - needed
+        if found.room_bytes is None or found.room_bytes >= 0
+        else found.room_bytes - needed,
         ways=() if fits else ways(model, request, gpu, limits["max_ctx"]),
         **limits,
     )
@@ -87,7 +89,8 @@ def ways(model: Model, request: Request, gpu: Gpu, longest: int | None) -> tuple
     found: list[Way] = []
     for count in (1, 2):
         for parts in combinations(range(len(singles)), count):
-            if enough.intersection(parts):
+            wider = [i for i in parts if "tp" in singles[i]]
+            if enough.intersection(parts) or len(wider) > 1 or (wider and any("tp" in singles[i] for i in enough)):
                 continue
             changed = request.with_(**{k: v for i in parts for k, v in singles[i].items()})
             try:
@@ -123,7 +126,7 @@ def _changes(request: Request, longest: int | None) -> Iterator[dict[str, Any]]:
         yield {"quant": "fp8"}
     if not request.requests and longest and longest >= LEAST_CTX:
         yield {"ctx": longest}
-    for times in (2, 4, 8):
+    for times in (2, 4, 8)[: 4 - request.tp.bit_length()]:
         yield {"tp": request.tp * times, "gpus": (request.gpus or 1) * times}
 
 

@@ -83,6 +83,10 @@ def _ask(ctx: click.Context, /, models: tuple[str, ...], **values: Any) -> int:
     for name in LATER:
         if name in given:
             raise HfvramError("usage", f"--{name.replace('_', '-')} is not supported yet by hfvram {__version__}")
+    if not models and isinstance(line := given.get("engine_args"), str):
+        from hfvram.read.engine_line import parse
+
+        models = tuple(filter(None, (parse(line).model,)))
     if not models:
         raise HfvramError("usage", "which model? As in: hfvram mistralai/Mixtral-8x7B --mode inference --ctx 8192")
     for word in (models[0], *(m for m in models if m in COMMANDS)):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from hfvram.answer.estimate import Estimate
 from hfvram.errors import printable
 from hfvram.show.layout import size
-from hfvram.show.text import PLACES, asked, placed, rank_rows, shape
+from hfvram.show.text import PLACES, asked, placed, pool, rank_rows, shape
 from hfvram.units import short_count
 
 
@@ -26,6 +26,8 @@ def markdown(estimate: Estimate) -> str:
         *((place, size(count), "for each GPU's process") for place, count in placed(e)),
         ("rule of thumb", size(e.guide.bytes), e.guide.formula),
     ]
+    if e.serving:
+        sums[-2:-2] = pool(e.serving, e.request.ctx or 1)
     parts = [
         f"## {cell(m.id)}",
         f"{cell(m.architecture)}: {', '.join(facts)}.\n\nMemory for {', '.join(asked(e))}:",

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
-from hfvram.answer.estimate import Estimate, Item, ModelFacts
+from hfvram.answer.estimate import Estimate, Item, ModelFacts, Serving
 from hfvram.errors import printable
 from hfvram.request import Request
 from hfvram.show.layout import Paint, columns, plain, size
@@ -137,6 +137,8 @@ def totals(e: Estimate, width: int, paint: Paint) -> list[str]:
         ("on the device", size(e.device_bytes), f"with context and kernels; {low} to {high}: {e.interval.basis}"),
         ("rule of thumb", size(e.guide.bytes), e.guide.formula),
     ]
+    if e.serving:
+        rows[-2:-2] = [(name, figure, note) for name, figure, note in pool(e.serving, e.request.ctx or 1)]
     return [_painted(line, {"on the device": "bold"}, paint) for line in columns(rows, width, "<><")]
 
 
@@ -156,6 +158,20 @@ def rank_rows(e: Estimate) -> list[tuple[str, ...]]:
     for r in e.ranks:
         sums = [getattr(r, f"{n}_bytes") for n in (*shown, "peak_allocated", "device")]
         rows.append((r.name, f"{r.gpus:,}", *map(size, sums)))
+    return rows
+
+
+def pool(s: Serving, ctx: int) -> list[tuple[str, str, str]]:
+    """A serving engine's pool in rows: its bytes and tokens, what a token takes, how many requests it holds."""
+    rows = [("cache a token", f"{s.kv_bytes_per_token:,} B", "as the engine counts its pool's tokens")]
+    if s.state_bytes:
+        slots = "" if s.state_slots is None else f"{s.state_slots:,} of them in the pool"
+        rows.append(("state a request", size(s.state_bytes), slots))
+    if s.kv_pool_bytes is not None:
+        tokens = "" if s.kv_tokens is None else f"{s.kv_tokens:,} tokens as the engine prints it"
+        rows.append(("pool", size(s.kv_pool_bytes), tokens))
+    if s.max_concurrency is not None:
+        rows.append(("concurrency", f"{s.max_concurrency:,.2f}", f"requests of {ctx:,} tokens at once"))
     return rows
 
 
@@ -180,7 +196,10 @@ def verdict(e: Estimate, width: int, paint: Paint) -> list[str]:
     if f := e.fit:
         room = f"{size(abs(f.headroom_bytes))} {'to spare' if f.fits else 'too much'}"
         word = paint("fits", "green") if f.fits else paint("does not fit", "red")
-        lines.append(f"{word} {f.gpu}: {size(e.device_bytes)} of {size(f.capacity_bytes)}, {room}")
+        taken = f"{size(e.device_bytes)} of {size(f.capacity_bytes)}"
+        if e.serving:
+            taken = f"the requests take {size(e.cache_bytes)} of a pool of {size(e.serving.kv_pool_bytes or 0)}"
+        lines.append(f"{word} {f.gpu}: {taken}, {room}")
         limits = [(n, v) for n, v in (("context", f.max_ctx), ("batch", f.max_batch)) if v is not None]
         most = [f"{n} {v:,}" if v else f"not even {n} 1" for n, v in limits]
         if limits:

@@ -22,7 +22,7 @@ class Pool:
 
     @property
     def pool_bytes(self) -> int:
-        return (self.units + self.spare) * self.unit_bytes if self.units is not None else 0
+        return (self.units + self.spare) * self.unit_bytes if self.units else 0
 
     def needed_bytes(self, requests: Iterable[int]) -> int:
         return sum(map(self.needs, requests)) * self.unit_bytes

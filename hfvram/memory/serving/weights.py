@@ -7,6 +7,7 @@ replicated. Source: vLLM 0.19.0, model_executor/layers/linear.py, vocab_parallel
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import prod
 
 from hfvram.errors import HfvramError
@@ -60,6 +61,7 @@ def stages(layers: int, pp: int) -> list[Stage]:
     return [Stage(start, start + size, layers) for start, size in zip(starts, sizes, strict=True)]
 
 
+@lru_cache(maxsize=64)
 def standing(
     a: Architecture, dtype: str, quant: str, tp: int, stage: Stage, rope: tuple[RopeTable, ...], pp: int = 1
 ) -> Standing:
