@@ -47,6 +47,11 @@ WHAT = {
     "cuda_graph_bytes": "graphs", "max_tokens": "tokens", "cpu_blocks_in_4GiB": "blocks_in_4_GiB",
 }  # fmt: skip
 """Figures by the names of a .tsv, in the words of runs.jsonl."""
+ASKED = (
+    *("ctx", "dtype", "quant", "kv_dtype", "tp", "pp", "gpu", "gpu_memory_utilization", "mem_fraction_static"),
+    *("max_num_seqs", "max_num_batched_tokens", "enforce_eager"),
+)
+"""Settings that are asked for as they stand; the others are sizes that a run printed."""
 REST = {"activations": "activation_bytes", "non_torch": "non_torch_bytes", "graphs": "graph_bytes"}
 CLOSE = 0.01 * (1 << 30)
 
@@ -90,7 +95,7 @@ def main() -> int:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """An engine that ran a model: the settings in hfvram's words (and sizes that it printed), the figures as printed."""
+    """A model's run: settings in hfvram's words, sizes that the engine printed among them, and figures as printed."""
 
     id: str
     engine: str
@@ -182,13 +187,12 @@ def where(name: str, known: dict[str, Any], configs: Path | None, folder: Path) 
 
 def asked(run: Run, quantized: bool) -> dict[str, Any]:
     """A run's settings as a request. Of a quantized checkpoint its own quantization is asked for."""
-    valid = set(Request().to_dict()) - {"engine"} - ({"quant"} if quantized else set())
+    valid = set(ASKED) - ({"quant"} if quantized else set())
     found = {k: v for k, v in run.settings.items() if k in valid and v is not None}
     if run.engine.startswith("sglang"):
         found.pop("gpu_memory_utilization", None)
     if found.get("dtype") not in CHOICES["dtype"]:
         found.pop("dtype", None)
-    found.pop("mode", None)
     return {**found, "engine": run.engine.partition(" ")[0]}
 
 

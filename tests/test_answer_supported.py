@@ -9,9 +9,7 @@ from hfvram.errors import HfvramError
 from hfvram.request import Request
 
 NOT_YET: list[tuple[dict[str, Any], str]] = [
-    ({"engine": "vllm"}, "transformers"),
-    ({"engine": "sglang"}, "transformers"),
-    ({"engine": "llama.cpp"}, "transformers"),
+    ({"engine": "llama.cpp"}, "transformers, vllm, sglang"),
     ({"cache": "offloaded"}, "dynamic, static"),
     ({"cache": "quantized"}, "dynamic, static"),
     ({"cache": "paged"}, "dynamic, static"),

@@ -71,12 +71,10 @@ def resolve(model: Model, request: Request) -> tuple[Request, list[str]]:
         what = "its layers are not known here" if not a.closed_form else "only decoders are"
         raise HfvramError("usage", f"{a.class_name} is not supported with --engine {request.engine}: {what}")
     limit = a.max_positions
-    ctx = request.ctx or min(DEFAULT_CTX, limit or DEFAULT_CTX)
-    longest = max([ctx, *(n for _, n in lengths(request.requests or "1x1"))])
-    if limit and longest > limit:
-        warnings.append(f"{longest:,} tokens are over the model's limit of {limit:,}")
-    if request.requests and not request.ctx:
-        ctx = longest
+    longest = max((n for _, n in lengths(request.requests)), default=0) if request.requests else 0
+    ctx = request.ctx or longest or min(DEFAULT_CTX, limit or DEFAULT_CTX)
+    if limit and max(ctx, longest) > limit:
+        warnings.append(f"{max(ctx, longest):,} tokens are over the model's limit of {limit:,}")
     if longest > ctx:
         raise HfvramError("usage", f"--requests has one of {longest:,} tokens, more than --ctx {ctx:,}")
     dtype = request.dtype if request.dtype != "auto" else "fp16" if a.dtype == "fp16" else "bf16"

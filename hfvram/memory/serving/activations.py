@@ -31,6 +31,7 @@ class Profile:
     sequences: int
     element_bytes: int
     tp: int = 1
+    quant: str = "none"
 
     @property
     def rows(self) -> int:
@@ -50,11 +51,15 @@ def sampling_bytes(vocab: int, hidden: int, p: Profile) -> int:
 def experts_bytes(moe: MixtureOfExperts, p: Profile) -> int:
     """Two workspaces that stay for good: T·k rows of the wider of hidden and expert width, and of twice that width.
 
+    The kernels for MXFP4 have none.
+
     >>> from hfvram.model.layers import MixtureOfExperts
     >>> moe = MixtureOfExperts(hidden_size=2048, experts=128, top_k=8, intermediate_size=768, params=())
     >>> experts_bytes(moe, Profile(8192, 1024, 2)) // 2**20
     512
     """
+    if p.quant == "mxfp4":
+        return 0
     width, hidden = moe.intermediate_size // p.tp, moe.latent_size or moe.hidden_size
     inner = width * (2 if moe.gated else 1)
     return p.tokens * moe.top_k * (max(width, hidden) + max(inner, hidden)) * p.element_bytes

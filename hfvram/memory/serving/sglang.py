@@ -77,7 +77,7 @@ def _stage(a: Architecture, o: Options, rope: tuple[RopeTable, ...], stage: Stag
         room = int(before * (o.utilization or static_fraction(o))) - loaded
     full, sliding, state, window = cells(a, o, stage)
     pools, tokens = _pools(full, sliding, state, window, None if room is None else max(0, room))
-    profile = Profile(defaults(o)[0], 1, ELEMENT_BYTES[o.dtype], o.tp)
+    profile = Profile(defaults(o)[0], 1, ELEMENT_BYTES[o.dtype], o.tp, o.quant)
     return Plan(
         engine="sglang",
         standing=weights,

@@ -83,7 +83,7 @@ def plan(a: Architecture, o: Options, rope: tuple[RopeTable, ...]) -> Plan:
 def _stage(a: Architecture, o: Options, rope: tuple[RopeTable, ...], groups: Groups, stage: Stage) -> Plan:
     weights = standing(a, o.dtype, o.quant, o.tp, stage, rope, o.pp)
     loaded = stand(weights).allocated
-    profile = Profile(batched_tokens(o), sequences(o), ELEMENT_BYTES[o.dtype], o.tp)
+    profile = Profile(batched_tokens(o), sequences(o), ELEMENT_BYTES[o.dtype], o.tp, o.quant)
     activations = peak_bytes(a, profile, stage.first, stage.last)
     kind = "tensor parallel" if o.tp > 1 else "pipeline" if o.pp > 1 else "one"
     outside = NON_TORCH_BYTES[kind]

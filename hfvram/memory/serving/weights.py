@@ -84,7 +84,7 @@ def standing(
         for i, layer in enumerate(stack.layers):
             if i in stack.repeated or (main and not stage.first <= i < stage.last):
                 continue
-            add(_named(stack, i, sharded(layer, tp)))
+            add(_named(stack, i, sharded(layer, tp, quant)))
             if main and tables:
                 tensors += tables
                 tables = []
@@ -124,12 +124,14 @@ def parts(p: Param, dtype: str, quant: str) -> tuple[tuple[int, Tag], ...]:
         if method == "gptq":
             sizes.append(p.shape[-1] * 4)
         return tuple((size, PACKED) for size in sizes)
+    if p.kind == "experts" and quant == "mxfp4" and "bias" not in p.name:
+        return ((p.numel // 2, PACKED), (p.numel // 32, SCALES))
     if packed and quant == "fp8":
         return ((p.numel, PACKED), (-(-p.numel // GROUP**2) * 4, SCALES))
     return param_bytes(p, dtype, quant, True)
 
 
-def sharded(layer: Layer, tp: int) -> list[Param]:
+def sharded(layer: Layer, tp: int, quant: str = "none") -> list[Param]:
     """The tensors of a layer on one rank, fused."""
     found: list[Param] = []
     for mixer in layer.mixers:
@@ -138,7 +140,7 @@ def sharded(layer: Layer, tp: int) -> list[Param]:
     if isinstance(feed, FeedForward):
         found += pair(feed.params, tp)
     elif feed:
-        found += mixture(feed, tp)
+        found += mixture(feed, tp, quant)
     return found + [p for p in layer.params if p.kind != "buffer"]
 
 
@@ -208,13 +210,20 @@ def pair(params: Iterable[Param], tp: int) -> list[Param]:
     return found
 
 
-def mixture(feed: MixtureOfExperts, tp: int) -> list[Param]:
-    """The experts, each sharded within; the router whole; the shared experts as one feed-forward."""
+def mixture(feed: MixtureOfExperts, tp: int, quant: str) -> list[Param]:
+    """The experts, each sharded within; the router whole; the shared experts as one feed-forward.
+
+    In MXFP4 a rank's part of the width is padded to 64 (fused_moe/oracle/mxfp4.py, the Triton kernels of Hopper).
+    """
+    width = -(-feed.intermediate_size // tp)
+    width = -(-width // 64) * 64 if quant == "mxfp4" else width
     shared = [p for p in feed.params if p.kind not in ("experts", "buffer") and "shared" in p.name and p.shape[0] > 1]
     found: list[Param] = []
     for p in feed.params:
         if p.kind == "experts":
-            found.append(_share(p, 1 if len(p.shape) == 2 and p.shape[1] == feed.hidden_size else tp))
+            whole = len(p.shape) == 2 and p.shape[1] == feed.hidden_size
+            size = prod(p.shape[1:])
+            found.append(p if whole else replace(p, shape=(p.shape[0], size * width // feed.intermediate_size)))
         elif p not in shared and p.kind != "buffer":
             found.append(p)
     return found + (pair(shared, tp) if shared else [])
@@ -224,9 +233,7 @@ def _share(p: Param, tp: int) -> Param:
     """A rank's part of a tensor. What does not divide is rounded up, as its last rank's part is padded."""
     if tp == 1:
         return p
-    head, size = p.shape[0], prod(p.shape[1:])
-    if p.kind == "experts":
-        return replace(p, shape=(head, -(-size // tp)))
+    head = p.shape[0]
     return replace(p, shape=(-(-head // tp), *p.shape[1:])) if head >= tp else p
 
 
