@@ -6,6 +6,7 @@ from hfvram.answer.gpus import Gpu
 from hfvram.answer.resolve import DEFAULT_CTX
 from hfvram.errors import HfvramError
 from hfvram.memory.forward import ELEMENT_BYTES
+from hfvram.memory.mesh import mesh_of
 from hfvram.memory.serving import sglang, vllm
 from hfvram.memory.serving.options import Options
 from hfvram.memory.serving.plan import Plan
