@@ -94,6 +94,25 @@ def test_event_by_event_as_pytorchs_own_code(options: dict[str, Any]) -> None:
         assert getattr(formula, fact) == getattr(exact, fact)
 
 
+OTHERS: list[dict[str, Any]] = [
+    {"model_type": "gpt2", "vocab_size": 256, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 128},
+    {"model_type": "bloom", "vocab_size": 256, "hidden_size": 64, "n_layer": 3, "n_head": 4},
+    LLAMA | {"model_type": "gemma2", "head_dim": 16, "sliding_window": 16, "tie_word_embeddings": True},
+    LLAMA | {"model_type": "qwen2", "tie_word_embeddings": True, "num_hidden_layers": 3},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", OTHERS, ids=lambda config: config["model_type"])
+def test_other_layers_tied_heads_and_biases(config: dict[str, Any]) -> None:
+    pytest.importorskip("torch")
+    from hfvram.memory.exact.simulate import simulate
+
+    options = {"fsdp": "full_shard", "gpus": 4, "gradient_checkpointing": True}
+    exact = simulate(config, None, asked(method="simulate", **options))
+    assert sequence(formed(config, on_meta=True, **options)) == sequence(exact)
+
+
 @pytest.mark.parametrize("case", SHARDED, ids=lambda c: c["id"])
 def test_the_peaks_of_an_h100(case: dict[str, Any]) -> None:
     request = Request.from_dict({"quant": "none"} | case["request"])

@@ -38,17 +38,30 @@ from hfvram.request import Request
 STAGE_2: Final = "DeepSpeed 0.19.8: zero/stage_1_and_2.py"
 STAGE_3: Final = "DeepSpeed 0.19.8: zero/stage3.py"
 COORDINATOR: Final = "DeepSpeed 0.19.8: zero/partitioned_param_coordinator.py, partition_parameters.py"
-MASTERS = Tag("master weights in fp32, one part of n", "optimizer", "", STAGE_2, "exact")
-BUCKET = Tag("DeepSpeed's reduce bucket", "workspace", "", f"{STAGE_2} setup_buckets; config.py reduce_bucket_size")
-REDUCING = Tag("gradients in DeepSpeed's reduction", "workspace", "", f"{STAGE_2} allreduce_bucket")
-PARTITION = Tag("gradients, one part of n", "gradients", "", f"{STAGE_2} copy_grads_in_partition")
-WIDE = Tag("gradients of the optimizer step in fp32", "gradients", "", f"{STAGE_2} step")
-NORM = Tag("gradient norm in fp64", "activations", "", f"{STAGE_2} get_grad_norm_direct")
-GATHERED = Tag("parameters gathered by DeepSpeed", "workspace", "", COORDINATOR)
+AHEAD: Final = "a module and 5e7 elements ahead, a layer computed again whole, what comes again within 1e9"
+MASTERS = Tag("master weights in fp32, one part of n", "optimizer", "P÷n·4", STAGE_2, "exact")
+BUCKET = Tag(
+    "DeepSpeed's reduce bucket",
+    "workspace",
+    f"{BUCKET_ELEMENTS}·e",
+    f"{STAGE_2} setup_buckets; config.py reduce_bucket_size",
+)
+REDUCING = Tag(
+    "gradients in DeepSpeed's reduction", "workspace", "a full bucket, or all gradients", f"{STAGE_2} allreduce_bucket"
+)
+PARTITION = Tag("gradients, one part of n", "gradients", "P÷n·e", f"{STAGE_2} copy_grads_in_partition")
+WIDE = Tag("gradients of the optimizer step in fp32", "gradients", "P÷n·4", f"{STAGE_2} step")
+NORM = Tag(
+    "gradient norm in fp64",
+    "activations",
+    "8 B for each element of the largest gradient",
+    f"{STAGE_2} get_grad_norm_direct",
+)
+GATHERED = Tag("parameters gathered by DeepSpeed", "workspace", AHEAD, COORDINATOR)
 PERSISTENT = Tag("small parameters that stay whole", "weights", "", f"{STAGE_3} persistent_parameters")
-COPYING = Tag("gradient on its way to CPU memory", "workspace", "", STAGE_2)
+COPYING = Tag("gradient on its way to CPU memory", "workspace", "the largest parameter's", STAGE_2)
 STATES = Tag("optimizer states", "optimizer", "", "torch.optim, DeepSpeedCPUAdam", "exact")
-SENT = Tag("gradients in fp32, for the optimizer on CPU", "gradients", "", STAGE_2, "exact")
+SENT = Tag("gradients in fp32, for the optimizer on CPU", "gradients", "P÷n·4", STAGE_2, "exact")
 PARAMETERS = Tag("parameters, one part of n", "weights", "", COORDINATOR, "exact")
 PINNED = Tag("pinned buffers for NVMe", "workspace", "", "DeepSpeed 0.19.8: offload_config.py buffer_count", "derived")
 
@@ -317,6 +330,7 @@ class Zero(Units):
     def count(self, optimizer: Optimizer, groups: int) -> None:
         t = self.tape.timeline
         t.trainable_parameters = self.whole
+        t.symbols["P÷n"] = max(x.tensor.numel for x in self.leaves)
         t.gradients_bytes = self.item * (self.whole if self.stage == 1 else self.part)
         if self.away is None:
             t.optimizer_bytes = sum(kept_bytes(optimizer.kept, leaf) for leaf in self.leaves)
