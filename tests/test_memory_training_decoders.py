@@ -15,6 +15,10 @@ SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embe
 HEADS = SMALL | {"head_dim": 16}
 SLIDING = SMALL | {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
 OPT = SMALL | {"ffn_dim": 96, "word_embed_proj_dim": 64}
+THREE = HEADS | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6}}
+SEEING: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+SEEING |= {"image_size": 28, "patch_size": 14}
+TOWER: dict[str, Any] = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "out_hidden_size": 64}
 MODELS: dict[str, dict[str, Any]] = {
     "cohere": SMALL,
     "cohere, normed heads": SMALL | {"use_qk_norm": True},
@@ -26,6 +30,28 @@ MODELS: dict[str, dict[str, Any]] = {
     "glm4": HEADS,
     "helium": HEADS,
     "hunyuan_v1_dense": HEADS,
+    "llava": {
+        "text_config": SMALL | {"model_type": "llama"},
+        "vision_config": SEEING | {"model_type": "clip_vision_model"},
+        "image_token_index": 255,
+    },
+    "mistral3": {
+        "text_config": HEADS | {"model_type": "mistral"},
+        "vision_config": SEEING | {"model_type": "pixtral"},
+        "image_token_index": 255,
+    },
+    "qwen2_vl": {
+        "text_config": THREE | {"model_type": "qwen2_vl_text"},
+        "vision_config": TOWER | {"model_type": "qwen2_vl", "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2},
+    },
+    "qwen2_5_vl": {
+        "text_config": THREE | {"model_type": "qwen2_5_vl_text"},
+        "vision_config": TOWER | {"model_type": "qwen2_5_vl", "fullatt_block_indexes": [1]},
+    },
+    "qwen3_vl": {
+        "text_config": THREE | {"model_type": "qwen3_vl_text"},
+        "vision_config": TOWER | {"model_type": "qwen3_vl", "deepstack_visual_indexes": [0]},
+    },
     "ministral": HEADS,
     "ministral3": HEADS,
     "nanochat": SMALL,
@@ -68,11 +94,17 @@ def test_event_by_event_as_the_models_own_code(name: str, options: dict[str, Any
 @pytest.mark.parametrize("name", MODELS)
 def test_many_layers_are_stretched_as_whole(name: str) -> None:
     """A model of many layers, of which a few are written, against all of them written."""
-    config = config_of(name) | {"num_hidden_layers": 24}
-    config.pop("layer_types", None)
-    config.pop("no_rope_layers", None)
+    config = config_of(name)
+    text = config.get("text_config", config)
+    deeper = {k: v for k, v in text.items() if k not in ("layer_types", "no_rope_layers")} | {"num_hidden_layers": 24}
+    config = config | {"text_config": deeper} if "text_config" in config else deeper
     architecture, asked = infer(config), request()
     assert sequence(timeline(architecture, asked)) == sequence(timeline(architecture, asked, whole=True))
+
+
+def test_towers_over_several_gpus_are_said() -> None:
+    with pytest.raises(HfvramError, match="over several GPUs has no formula"):
+        timeline(infer(config_of("llava")), request(gpus=2, fsdp="full_shard"))
 
 
 def test_what_has_no_formula_is_said() -> None:

@@ -67,6 +67,8 @@ class Architecture:
     """The class has no `logits_to_keep`: a prefill computes the logits of every token."""
     fp32_in_fp16: tuple[str, ...] = ()
     """Modules whose weights `from_pretrained` keeps in fp32 where the rest is loaded in fp16 (T5's `wo`)."""
+    text_type: str | None = None
+    """The nested language model's type, where there is one."""
     quantization: str | None = None
     """The checkpoint's own: `fp8`, `gptq-4`, `awq-4`, `nf4`, `int8`, `mxfp4`, `nvfp4`…"""
     stored_sizes: tuple[int, ...] = ()

@@ -20,6 +20,7 @@ QUERY = Tag("queries", "activations", "b·s·a·d·e", LLAMA)
 KEY_VALUE = Tag("keys and values", "activations", "b·s·a_kv·d·e", LLAMA)
 OUT = Tag("attention output", "activations", "b·s·a·d·e", SDPA)
 REPEATED = Tag("keys and values repeated for every head", "activations", "b·s·a·d·e", SDPA)
+CACHED = Tag("keys and values, cached", "activations", "b·s·a_kv·d·e", "transformers 5.17: cache_utils.py")
 FLASH = "flash_attention_2"
 PACKED = Tag("positions", "activations", "s·8", "transformers 5.17: modeling_flash_attention_utils.py")
 EAGER = "transformers 5.17: eager_attention_forward"
@@ -104,6 +105,10 @@ def attention(t: Tape, part: Attention, w: Weights, x: Tensor, around: Surroundi
         k = _norm_heads(t, k, w, around)
     if kind.far:
         q = far(t, q)
+    if around.caches:
+        if part.window:
+            t.held.append(t.new((), "int64", None, CACHED))  # how many tokens were seen
+        k, v = _cached(t, k), _cached(t, v)
     out, weights = attend(t, part, q, k, v, around)
     out = op.dense(t, op.reshape(t, out, b, s, -1, tag=OUT), OUT)
     out = w.linear(t, out, PROJECTED)
@@ -131,6 +136,14 @@ def _norm_heads(t: Tape, x: Tensor, w: Weights, around: Surroundings) -> Tensor:
         normed += [normalize(t, head, w.norm(), "layer") for head in heads[1:]]
         return op.cat(t, normed, 1, QUERY)
     return normalize(t, x, weights, kind.qk_norm, kind.norm)
+
+
+def _cached(t: Tape, x: Tensor) -> Tensor:
+    """Joined to an empty cache by a copy, which the model's output holds."""
+    b, heads, _, d = x.shape
+    out = op.cat(t, (t.new((b, heads, 0, d), x.dtype), x), 2, CACHED)
+    t.held.append(out.alias())
+    return out
 
 
 def attend(t: Tape, part: Attention, q: Tensor, k: Tensor, v: Tensor, around: Surroundings) -> Attended:

@@ -106,6 +106,9 @@ def decode(
     if kind.embedding == "late norm":
         hidden = normalize(t, hidden, (), architecture.text.layers[0].norm, kind.norm)
     hidden = op.dropout(t, hidden, around.dropout.embedding, EMBEDDED)
+    held = around.positions
+    if not around.packs and kind.counts:
+        around.positions = None  # layers are not given them
     hidden = through(t, layers, states.layers, hidden, around)
     weights = tuple([leaf.tensor for leaf in states.after if leaf.param.kind == "norm"])
     if architecture.final_norm and (weights or kind.norm in ("wide", "no weight")):
@@ -115,7 +118,7 @@ def decode(
     around.held = around.ones = None
     used = {m.window for layer, _ in layers for m in layer.mixers if isinstance(m, Attention)}
     around.masks = {window: mask for window, mask in around.masks.items() if window in used}
-    del embedded
+    del embedded, held
     return hidden, around.router_logits
 
 

@@ -68,6 +68,8 @@ class Kind:
     """Queries, keys and values of a head lie side by side."""
     counts: bool = True
     """Positions are counted, and looked through for packed sequences."""
+    caches: bool = False
+    """Without checkpointing keys and values are cached while training, too: `use_cache` is the text configuration's."""
     layers_count: bool = True
     """Layers are given the positions, through which flash attention looks again."""
     transposed: bool = False
@@ -87,7 +89,9 @@ class Kind:
     wide_logits: bool = False
     """The model hands out logits in fp32, of hidden states cast to the head's dtype."""
     rotates: Rotation = "whole"
-    angles: Literal["once", "by layer type"] = "once"
+    angles: Literal["once", "by layer type", "in three", "in three, woven"] = "once"
+    """Of positions; for each type of layer; or of a place in time, height and width, put together piece by piece
+    (Qwen2-VL), or in place (Qwen3-VL)."""
     far: bool = False
     """Queries of far positions are scaled."""
     projects: Literal["heads", "first"] = "heads"
@@ -126,6 +130,9 @@ KINDS: Final[dict[str, Kind]] = {
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
     "starcoder2": _LLAMA,
+    "qwen2_vl_text": Kind(angles="in three", projects="first", layers_count=False),
+    "qwen2_5_vl_text": Kind(angles="in three", projects="first", layers_count=False),
+    "qwen3_vl_text": Kind(angles="in three, woven"),
     "arcee": _LLAMA,
     "cwm": _LLAMA,
     "granite": Kind(scaled="first", multiplied=True),
@@ -185,8 +192,16 @@ KINDS: Final[dict[str, Kind]] = {
 }
 
 
+WITH_TOWERS: Final = ("llava", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+"""Types whose nested language model trains as it does alone; text alone is trained on."""
+
+
 def kind_of(architecture: Architecture) -> Kind:
     """Raises `usage` for a type that was not held against its code."""
+    if architecture.text_type is not None and architecture.model_type in WITH_TOWERS:
+        if architecture.text_type not in KINDS:
+            raise unknown(f"text model type {architecture.text_type}")
+        return replace(KINDS[architecture.text_type], caches=True)
     if architecture.model_type not in KINDS:
         raise unknown(f"model type {architecture.model_type}")
     return KINDS[architecture.model_type]

@@ -7,7 +7,7 @@ from itertools import islice
 from hfvram.memory.timeline import Tag
 from hfvram.memory.training import operators as op
 from hfvram.memory.training.blocks import unknown
-from hfvram.memory.training.kinds import NormOrder, kind_of
+from hfvram.memory.training.kinds import WITH_TOWERS, NormOrder, kind_of
 from hfvram.memory.training.tape import Parameter, Tape
 from hfvram.memory.training.tensors import Storage, Tensor, contiguous
 from hfvram.model.architecture import Architecture, Stack
@@ -133,8 +133,16 @@ class States:
         return [leaf for leaf in self if leaf.node is not None]
 
 
+def towers(architecture: Architecture) -> list[Stack]:
+    """The stacks that no text reaches."""
+    if architecture.model_type not in WITH_TOWERS or architecture.text_type is None:
+        return []
+    return [stack for stack in architecture.stacks if stack.name != architecture.main]
+
+
 def single_stack(architecture: Architecture) -> Stack:
-    """The model's only stack. Raises `usage` where it has several or runs layers again."""
-    if len(architecture.stacks) != 1 or architecture.text.repeated:
+    """The model's only stack that works: others are towers that no text reaches. Raises `usage` where it has several
+    or runs layers again."""
+    if len(architecture.stacks) - len(towers(architecture)) != 1 or architecture.text.repeated:
         raise unknown(architecture.class_name)
     return architecture.text

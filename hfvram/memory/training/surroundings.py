@@ -40,6 +40,16 @@ class Surroundings:
     router_logits: list[Tensor] = field(default_factory=list)
     """Of each mixture of experts, where a loss is made of them."""
 
+    @property
+    def packs(self) -> bool:
+        """Whether positions are looked through for packed sequences: of Qwen2-VL they have three dimensions."""
+        return self.kind.counts and self.kind.angles != "in three"
+
+    @property
+    def caches(self) -> bool:
+        """Whether keys and values are cached."""
+        return self.kind.caches and not self.request.gradient_checkpointing
+
     def of(self, layer: Layer) -> "Surroundings":
         """With the angles and the mask that this layer is given, where others are given other ones."""
         part = layer.mixers[0]
@@ -82,7 +92,7 @@ def masks(t: Tape, layers: list[Layer], found: Surroundings, ids: Tensor, dtype:
     if found.kind.masks == "always both":
         windows = {None: parts[0], (max(windows, key=lambda w: w or 0) or 0): parts[0]}
     for window in sorted(windows, key=lambda w: -1 if w is None else w):
-        if found.kind.counts and not found.request.padding:
+        if found.packs and not found.caches and not found.request.padding:
             _packed(t, b, s)
         if found.request.attention == "flash_attention_2":
             if found.ones is not None:
@@ -95,10 +105,13 @@ def masks(t: Tape, layers: list[Layer], found: Surroundings, ids: Tensor, dtype:
 
 def angles(t: Tape, layers: list[Layer], found: Surroundings, ids: Tensor, dtype: str) -> None:
     """Of all layers' rotary positions."""
-    s = ids.shape[1]
+    b, s = ids.shape
     parts = [m for x in layers for m in x.mixers if isinstance(m, Attention)]
     by_type = found.kind.angles == "by layer type"
     for key in sorted({(m.rotary.dim, m.kind if by_type else "") for m in parts if m.rotary}):
+        if found.kind.angles.startswith("in three"):
+            found.rotary[key] = _angles_in_three(t, b, s, key[0], dtype, woven=found.kind.angles.endswith("woven"))
+            continue
         found.rotary[key] = _angles(t, s, key[0], "fp32" if found.kind.rotates in WIDE else dtype)
 
 
@@ -234,3 +247,36 @@ def _angles(t: Tape, s: int, dim: int, dtype: str) -> tuple[Tensor, Tensor]:
     del positions, products, both
     t.grad = grad
     return found
+
+
+def _angles_in_three(t: Tape, b: int, s: int, dim: int, dtype: str, woven: bool) -> tuple[Tensor, Tensor]:
+    """Of places in time, height and width, for every sequence; put together in fp32.
+
+    Source: transformers 5.17, Qwen2VLRotaryEmbedding.forward, Qwen3VLTextRotaryEmbedding.forward.
+    """
+    grad, t.grad = t.grad, False
+    positions = t.new((3, b, 1, s), "fp32", None, ANGLES)
+    t.multiplies()
+    products = t.new((3, b, dim // 2, s), "fp32", None, ANGLES)
+    cos = t.new((3, b, s, dim // 2), "fp32", None, ANGLES)
+    cos = t.new((3, b, s, dim // 2), "fp32", None, ANGLES)
+    sin = t.new((3, b, s, dim // 2), "fp32", None, ANGLES)
+    sin = t.new((3, b, s, dim // 2), "fp32", None, ANGLES)
+    sin = _together(t, b, s, dim, woven)
+    cos = _together(t, b, s, dim, woven)
+    shape, strides = (b, 1, s, dim), (s * dim, s * dim, dim, 1)
+    if dtype != "fp32":
+        low = t.new((b, s, dim), dtype, None, ANGLES), t.new((b, s, dim), dtype, None, ANGLES)
+        cos, sin = low
+        del low
+    del positions, products
+    t.grad = grad
+    return cos.as_(shape, strides), sin.as_(shape, strides)
+
+
+def _together(t: Tape, b: int, s: int, dim: int, woven: bool) -> Tensor:
+    """Pieces of three, joined; then twice the half."""
+    half = None if woven else t.new((b, s, dim // 2), "fp32", None, ANGLES)
+    both = t.new((b, s, dim), "fp32", None, ANGLES)
+    del half
+    return both

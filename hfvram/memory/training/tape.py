@@ -114,6 +114,8 @@ class Tape:
         self.workspaces: set[tuple[str, str]] = set()
         self.autocast: str | None = None
         self.casts: dict[Node, Tensor] = {}
+        self.held: list[Tensor] = []
+        """What the model's output holds beside logits."""
         self.gradients = GRADIENTS
         self.moved: dict[int, tuple[int | None, int]] = {}
         """Inputs of layers that are moved to CPU memory: the layer's number, bytes."""

@@ -20,7 +20,7 @@ from hfvram.memory.training.data_parallel import Units, units
 from hfvram.memory.training.fsdp import replicas_and_shards
 from hfvram.memory.training.kinds import ENCODED, kind_of
 from hfvram.memory.training.optimizers import Optimizer
-from hfvram.memory.training.states import States, single_stack
+from hfvram.memory.training.states import States, single_stack, towers
 from hfvram.memory.training.stretch import TEMPLATE, copies, plan, stretch
 from hfvram.memory.training.tape import FLOWING, SCRATCH, Tape
 from hfvram.memory.training.tensors import Tensor
@@ -63,6 +63,8 @@ def timeline(architecture: Architecture, request: Request, on_meta: bool = False
     t.events = t.events[:]  # what dies with this function is no part of the run
     t.symbols = symbols(architecture, Forward(batch=request.batch, tokens=request.ctx or 1, dtype=request.dtype))
     parts.count(optimizer, groups)
+    for tower in towers(architecture):  # asked for gradients, and given none
+        t.trainable_parameters += sum(p.numel for p in tower.params() if p.kind != "buffer")
     for segment, nbytes in tape.moved.values():
         t.elsewhere += [("cpu", INPUTS, nbytes)] * (copies(groups) if segment == TEMPLATE else 1)
     if groups:
@@ -97,6 +99,8 @@ def refuse(architecture: Architecture, request: Request) -> None:
     single_stack(architecture)
     if request.mode != "train":
         raise unknown(f"--mode {request.mode}")
+    if towers(architecture) and (request.fsdp or request.zero or mesh_of(request).gpus > 1):
+        raise unknown(f"{architecture.class_name} over several GPUs")
     if architecture.task not in FORWARD or not architecture.generates or architecture.adapter:
         raise unknown(architecture.class_name)
     encodes = kind_of(architecture).embedding in ENCODED
@@ -151,6 +155,7 @@ def _steps(
     precision = None if request.mixed_precision == "no" or request.fsdp else request.mixed_precision
     scale = tape.new((), "fp32", None, SCALE) if precision == "fp16" else None
     tensors = sum(p.kind != "buffer" for p in architecture.all_params)
+    tensors -= sum(p.kind != "buffer" for tower in towers(architecture) for p in tower.params())
     for _ in range(STEPS):
         for missing in reversed(range(min(request.grad_accum, 2))):
             parts.last = not missing
@@ -169,6 +174,7 @@ def _steps(
             tape.enter(None)
             _label(t, range(before, len(t.sizes)), "recomputed")
             del loss, held, scaled
+            tape.held.clear()
         tape.mark("clipping")
         parts.clip(tensors)
         tape.mark("optimizer step")

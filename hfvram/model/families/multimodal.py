@@ -66,6 +66,7 @@ def wrapper(
             "hidden_size": hidden,
             "max_positions": max_positions(text),
             "dtype": dtype_of(config),
+            "text_type": text.model_type,
             "head": tuple(replace(p, name=head + p.name) for p in params),
             "tied_head": is_tied,
             "logits_softcap": bool(text.number("final_logit_softcapping", default=0.0)),
