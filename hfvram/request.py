@@ -70,6 +70,7 @@ class Request:
     zero: int | None = None
     fsdp: str | None = None
     offload: tuple[str, ...] = ()
+    resident_experts: int = 0
     engine: str = "transformers"
     gpu_memory_utilization: float | None = None
     max_num_seqs: int | None = None
@@ -104,6 +105,10 @@ class Request:
         for what in self.offload:
             if what not in OFFLOADS:
                 raise HfvramError("usage", f"--offload {printable(what, 40)} is not one of {', '.join(OFFLOADS)}")
+        if not 0 <= self.resident_experts <= 10**6:
+            raise HfvramError(
+                "usage", f"--resident-experts {self.resident_experts} is out of range: a whole number from 0"
+            )
         if not 0 <= self.lora_dropout < 1:
             raise HfvramError("usage", f"--lora-dropout {self.lora_dropout} is not in 0 ≤ p < 1")
         for name in ("gpu_memory_utilization", "mem_fraction_static"):

@@ -54,8 +54,9 @@ def guide_items(model: Model, request: Request) -> tuple[Item, ...]:
         )
     mixers = (m for layer in model.architecture.text.layers for m in layer.mixers)
     mamba = next((m for m in mixers if isinstance(m, (Mamba1, Mamba2))), None)
+    offloaded = "experts" in request.offload
     return guide.inference_items(
-        model.parameters,
+        told.active_parameters if offloaded else model.parameters,
         batch=request.batch,
         ctx=request.ctx or 1,
         layers=told.layers,
@@ -63,4 +64,5 @@ def guide_items(model: Model, request: Request) -> tuple[Item, ...]:
         head_dim=told.head_dim,
         d_state=mamba.d_state if mamba else None,
         d_inner=mamba.d_inner if mamba else None,
+        offloaded=offloaded,
     )

@@ -217,6 +217,8 @@ def changes(device_bytes: DeviceBytes, request: Request, capacity: int) -> list[
         found.append(lambda r: r.with_(quant="int8"))
     if request.quant in ("auto", "none", "int8", "fp8"):
         found.append(lambda r: r.with_(quant="nf4"))
+    if not request.offload and request.tp == 1:
+        found += [lambda r: r.with_(offload=("experts",)), lambda r: r.with_(offload=("layers",))]
     if request.batch > 1:
         found.append(lambda r: r.with_(batch=max(1, largest_batch(device_bytes, r, capacity, r.batch))))
     if (request.ctx or 0) > LEAST_CTX:
@@ -233,7 +235,7 @@ def cost(asked: Request, changed: Request) -> float:
         price += {"lora": 1.0, "qlora": 1.5}[changed.mode]
     price += log2((changed.gpus or 1) / (asked.gpus or 1))
     price += 0.2 * ((asked.fsdp, asked.zero) != (changed.fsdp, changed.zero)) + 0.1 * (changed.zero or 0)
-    price += 0.8 * len(set(changed.offload) - set(asked.offload))
+    price += sum({"experts": 2.0, "layers": 4.0}.get(what, 0.8) for what in set(changed.offload) - set(asked.offload))
     price += 0.3 * (asked.gradient_checkpointing != changed.gradient_checkpointing)
     return price + 0.4 * (asked.optimizer != changed.optimizer) + 0.5 * (asked.dtype != changed.dtype)
 

@@ -37,6 +37,8 @@ def group(architecture: Architecture, request: Request) -> str:
         return f"{request.mode} of a model with towers"
     if request.cache in ("offloaded", "quantized") or request.attention == "flash_attention_2":
         return f"{request.mode} with {request.cache} cache and {request.attention}"
+    if request.offload:
+        return f"{request.mode} with offloading"
     if request.expandable_segments or request.compute_capability not in (None, MEASURED):
         return f"{request.mode} with another allocator or GPU"
     if request.fsdp or request.tp > 1 or ((request.gpus or 1) > 1 and request.mode != "inference"):

@@ -3,6 +3,7 @@ measured, is told."""
 
 from hfvram.answer.supported import SIMULATED_CACHES, SIMULATED_QUANTS
 from hfvram.errors import HfvramError
+from hfvram.memory import offload
 from hfvram.memory.attention import implementation
 from hfvram.memory.bitsandbytes import ON_LOADING
 from hfvram.memory.forward import ELEMENT_BYTES, Forward
@@ -16,6 +17,7 @@ from hfvram.request import CHOICES, Request
 from hfvram.units import gib
 
 DEFAULT_CTX = 4096
+OFFLOADED = "what is offloaded comes for its own moment alone: nothing is fetched ahead or kept for the next token"
 DEFAULT_NEW_TOKENS = 8
 
 
@@ -58,6 +60,9 @@ def resolve(architecture: Architecture, request: Request) -> tuple[Request, list
         warnings.append(_derived(capability, dtype))
     if request.expandable_segments:
         warnings.append("expandable segments as PyTorch's source has them, not measured")
+    if request.mode == "inference" and (request.offload or request.resident_experts):
+        offload.check(architecture, request)
+        warnings.append(OFFLOADED)
     if (gpus := mesh_of(request).gpus) > 1:
         warnings += _several(request, gpus)
     if request.zero:

@@ -20,7 +20,7 @@ SUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
     "sp": (False,),
     "zero": (None, 0, 1, 2, 3),
     "fsdp": (None, "full_shard", "shard_grad_op", "hybrid_shard"),
-    "offload": ((),),
+    "offload": ((), ("experts",), ("layers",)),
 }
 BY_SIMULATE: Final = ("gpus", "tp", "sp")
 """Options of which the exact engine answers every value."""
@@ -58,10 +58,14 @@ def check(request: Request) -> None:
         value = getattr(request, name)
         if name in ("gpus", "offload") and request.mode != "inference":
             continue  # the rest trains data parallel; `splits` says what is moved
+        if name == "offload" and value and request.method == "simulate":
+            values = ((),)
         if request.method == "simulate" and (name in BY_SIMULATE or (name == "cache" and value in SIMULATED_CACHES)):
             continue
         if value not in values:
-            words = ", ".join(str(v) for v in values if v is not None and v != ())
+            words = ", ".join(
+                ",".join(v) if isinstance(v, tuple) else str(v) for v in values if v is not None and v != ()
+            )
             option = "--" + name.replace("_", "-")
             shown = ",".join(value) if isinstance(value, tuple) else value
             more = ", and the others with --method simulate" if name in BY_SIMULATE else ""

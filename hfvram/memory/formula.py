@@ -6,6 +6,7 @@ from hfvram.memory import inference, seq2seq
 from hfvram.memory.forward import ELEMENT_BYTES, Forward
 from hfvram.memory.generation import generation
 from hfvram.memory.mesh import mesh_of
+from hfvram.memory.offload import divide
 from hfvram.memory.timeline import Timeline
 from hfvram.memory.weights import standing
 from hfvram.model.architecture import Architecture
@@ -53,7 +54,12 @@ def timeline(architecture: Architecture, request: Request) -> Timeline:
         return train.timeline(architecture, request)
     ctx, new, dtype = request.ctx or 1, request.new_tokens or 0, request.dtype
     quant = request.quant if request.quant != "auto" else architecture.quantization or "none"
-    t = Timeline(standing(architecture, dtype, quant, request.double_quant))
+    if request.offload:
+        stands, away, what = divide(architecture, request, dtype, quant)
+        t = Timeline(stands)
+        t.elsewhere.append(("cpu", what, away))
+    else:
+        t = Timeline(standing(architecture, dtype, quant, request.double_quant))
     f = Forward(
         batch=request.batch,
         tokens=ctx - new if request.phase == "generate" else ctx,
@@ -63,6 +69,9 @@ def timeline(architecture: Architecture, request: Request) -> Timeline:
         masked=request.padding,
         mask_of_ones=request.phase == "generate",
         quant=quant,
+        double_quant=request.double_quant,
+        resident_experts=request.resident_experts if "experts" in request.offload else None,
+        layers_away="layers" in request.offload,
         gpu=generation(request.compute_capability),
         static_length=ctx - 1 if request.cache == "static" and request.phase == "generate" else 0,
     )

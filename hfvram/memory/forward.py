@@ -25,6 +25,11 @@ class Forward:
     mask_of_ones: bool = True
     """Whether the model is given a mask of (batch, tokens) at all, as by generate()."""
     quant: str = "none"
+    double_quant: bool = True
+    resident_experts: int | None = None
+    """Experts of each layer that stay on the GPU where the others are in CPU memory; None where all are there."""
+    layers_away: bool = False
+    """Layers are in CPU memory, and come for as long as they run."""
     use_cache: bool = True
     source: int = 0
     """Tokens of the encoder's output, which cross attention reads."""

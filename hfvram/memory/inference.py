@@ -15,6 +15,7 @@ from hfvram.memory.forward import Forward
 from hfvram.memory.generation import CUBLAS_SOURCE
 from hfvram.memory.hybrid import hybrid, is_hybrid, keeps_embedding, scales_embedding
 from hfvram.memory.mixers import feed, grow_cache, mix
+from hfvram.memory.offload import brought_layer
 from hfvram.memory.repetition import Pattern, pattern, repeat
 from hfvram.memory.streams import STREAMS, collapse, streams_layer
 from hfvram.memory.timeline import Tag, Timeline
@@ -102,7 +103,9 @@ def forward(t: Timeline, architecture: Architecture, f: Forward, caches: list[li
             out = repeat(t, known, cache)
         else:
             start = len(t.events)
+            brought = [*brought_layer(t, f, layer)]
             out = run_layer(t, f, layer, hidden, cache)
+            t.free(*brought)
             again = id(layer) in written and not f.past
             written[id(layer)] = pattern(t, start, cache, out) if again else None
         if hidden not in kept:

@@ -6,6 +6,7 @@ from hfvram.memory.feed_forward import feed_forward, mixture
 from hfvram.memory.forward import Forward
 from hfvram.memory.latent import grow_latent, latent_attention
 from hfvram.memory.linear_attention import delta_net, lightning, rg_lru, short_convolution
+from hfvram.memory.offload import brought_experts
 from hfvram.memory.ssm import mamba1, mamba2
 from hfvram.memory.timeline import Timeline
 from hfvram.model.layers import (
@@ -66,4 +67,7 @@ def feed(t: Timeline, f: Forward, part: FeedForward | MixtureOfExperts, source: 
     """The feed-forward of a layer. Returns the output's handle; an inline one frees `source`, its input."""
     if isinstance(part, FeedForward):
         return feed_forward(t, f, part, source if part.inline else None)
-    return mixture(t, f, part)
+    brought = [*brought_experts(t, f, part)]
+    out = mixture(t, f, part)
+    t.free(*brought)
+    return out

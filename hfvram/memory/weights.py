@@ -1,6 +1,7 @@
 """Weights and buffers as they stand on the GPU, in the order in which the model is built."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 
@@ -95,8 +96,15 @@ def standing(
     if architecture.stored_sizes and quant == architecture.quantization and quant not in DEQUANTIZED:
         adapter = [x for p in architecture.adapter for x in param_bytes(p, dtype, "none", False)]
         return Standing((*((n, STORED) for n in architecture.stored_sizes), *adapter))
+    found = tensors(architecture, dtype, quant, double_quant, ranks)
+    return Standing(tuple(x for _, sizes in found for x in sizes))
+
+
+def tensors(
+    architecture: Architecture, dtype: str, quant: str, double_quant: bool, ranks: int = 1
+) -> Iterator[tuple[Param, tuple[tuple[int, Tag], ...]]]:
+    """Every parameter, and what it becomes."""
     skipped = architecture.unquantized if quant == architecture.quantization else ()
-    tensors: list[tuple[int, Tag]] = []
     left_alone, kept_wide = chosen(skipped), chosen(architecture.fp32_in_fp16)
     for param in architecture.all_params:
         if param.kind != "buffer":
@@ -104,5 +112,4 @@ def standing(
         wide = bool(architecture.fp32_in_fp16) and kept_wide(param.name)  # and never quantized (quantizers/base.py)
         left = wide or (bool(skipped) and left_alone(param.name))
         own = "fp32" if wide and dtype == "fp16" else dtype
-        tensors += param_bytes(param, own, "none" if left else quant, double_quant)
-    return Standing(tuple(tensors))
+        yield param, param_bytes(param, own, "none" if left else quant, double_quant)
