@@ -2,8 +2,8 @@
 
 Layers come one module at a time, as accelerate's hooks bring them (accelerate 1.15, hooks.py `AlignDevicesHook` on each
 module that owns parameters): counted is the largest module of a layer, for as long as the layer runs. Of experts,
-`resident_experts` of each layer stay on the GPU; those that a pass needs beside them come for the time of their layer, b·s·k
-at most, all of a layer's where the prompt is long. Nothing is fetched ahead, and nothing stays for the next token.
+`resident_experts` of each layer stay on the GPU; those that a pass needs beside them come for the time of their layer,
+b·s·k at most, all of a layer's where the prompt is long. Nothing is fetched ahead, nothing stays for the next token.
 """
 
 from collections.abc import Iterator

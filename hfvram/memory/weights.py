@@ -96,12 +96,12 @@ def standing(
     if architecture.stored_sizes and quant == architecture.quantization and quant not in DEQUANTIZED:
         adapter = [x for p in architecture.adapter for x in param_bytes(p, dtype, "none", False)]
         return Standing((*((n, STORED) for n in architecture.stored_sizes), *adapter))
-    found = tensors(architecture, dtype, quant, double_quant, ranks)
+    found = tensors(architecture, dtype, quant, double_quant, ranks, flat)
     return Standing(tuple(x for _, sizes in found for x in sizes))
 
 
 def tensors(
-    architecture: Architecture, dtype: str, quant: str, double_quant: bool, ranks: int = 1
+    architecture: Architecture, dtype: str, quant: str, double_quant: bool, ranks: int = 1, flat: bool = False
 ) -> Iterator[tuple[Param, tuple[tuple[int, Tag], ...]]]:
     """Every parameter, and what it becomes."""
     skipped = architecture.unquantized if quant == architecture.quantization else ()
