@@ -19,8 +19,7 @@ NOT_YET: list[tuple[dict[str, Any], str]] = [
     ({"ep": 8}, "1"),
     ({"cp": 2}, "1"),
     ({"sp": True}, "False"),
-    ({"offload": ("experts",)}, ""),
-    ({"offload": ("params", "layers")}, ""),
+    ({"offload": ("params", "layers")}, "experts, layers"),
 ]
 
 
