@@ -116,7 +116,10 @@ def ways(device_bytes: DeviceBytes, request: Request, capacity: int) -> tuple[Wa
     seen: dict[Request, int] = {}
 
     def attempt(parts: tuple[Change, ...]) -> None:
-        changed = _with(request, parts)
+        try:
+            changed = _with(request, parts)
+        except HfvramError:  # a search of one that makes no sense for the model
+            return
         if changed in seen:
             return
         try:
