@@ -126,6 +126,15 @@ def test_more_gpus_never_take_more(stage: int) -> None:
     assert peaks == sorted(peaks, reverse=True)
 
 
+def test_gradients_that_accumulate_lie_twice_until_they_are_added() -> None:
+    name = "gradients, one part of n"
+    part = 2 * PARAMETERS // 4
+    once, twice = (most(formed(zero=2, grad_accum=n, optimizer="sgd"), name) for n in (1, 2))
+    assert once == twice == 2 * part  # the step's copy is as large
+    cpu = [elsewhere(formed(zero=2, grad_accum=n, offload=["optimizer"]), "cpu")[name] for n in (1, 2)]
+    assert cpu == [part, 2 * part]
+
+
 def test_the_optimizer_in_cpu_memory() -> None:
     part = PARAMETERS // 4
     t = formed(zero=3, offload=["optimizer"])
@@ -177,8 +186,12 @@ def test_inputs_of_layers_in_cpu_memory() -> None:
 
 def test_what_deepspeed_does_otherwise_is_refused() -> None:
     for optimizer in ("muon", "galore_adamw"):
-        with pytest.raises(HfvramError, match="with --zero has no formula"):
+        with pytest.raises(HfvramError, match="with --zero has no formula: valid are adamw_torch_fused"):
             formed(zero=2, optimizer=optimizer)
+    with pytest.raises(
+        HfvramError, match="with --zero --offload optimizer has no formula: valid are adamw_torch_fused"
+    ):
+        formed(zero=2, optimizer="adamw_8bit", offload=["optimizer"])
 
 
 def test_layers_that_are_left_out_count() -> None:

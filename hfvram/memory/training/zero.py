@@ -13,9 +13,9 @@ partitioned_param_coordinator.py, config.py, offload_config.py; runtime/comm/coa
 from collections.abc import Iterable, Iterator
 from typing import Final
 
+from hfvram.errors import HfvramError
 from hfvram.memory.mesh import mesh_of
 from hfvram.memory.timeline import Elsewhere, Tag, Timeline
-from hfvram.memory.training.blocks import unknown
 from hfvram.memory.training.data_parallel import Units, on_stream
 from hfvram.memory.training.deepspeed import (
     BUCKET_ELEMENTS,
@@ -27,7 +27,7 @@ from hfvram.memory.training.deepspeed import (
     SUB_GROUP_ELEMENTS,
     SWAP_BUFFERS,
 )
-from hfvram.memory.training.optimizers import Optimizer, kept_bytes
+from hfvram.memory.training.optimizers import STEPS, Optimizer, kept_bytes
 from hfvram.memory.training.states import Blocks, Leaf, States
 from hfvram.memory.training.stretch import TEMPLATE, copies
 from hfvram.memory.training.tape import Parameter, Saved, Tape
@@ -67,6 +67,8 @@ PINNED = Tag("pinned buffers for NVMe", "workspace", "", "DeepSpeed 0.19.8: offl
 
 ON_CPU: Final = ("adamw_torch_fused", "adamw_torch", "adamw_torch_loop", "adagrad", "lion", "lion_32bit")
 """Optimizers that DeepSpeed has for the CPU (ops/adam, adagrad, lion), which offloading needs."""
+OWN: Final = ("galore_adamw", "apollo_adamw", "muon")
+"""Optimizers that look at matrices, which a flat partition no longer has."""
 ALL_GATHER, REDUCE = 1, 2
 """Streams of ZeRO-3, whose `overlap_comm` is on by default; of ZeRO-1 and 2 it is off."""
 
@@ -81,16 +83,16 @@ class Zero(Units):
 
     def __init__(self, t: Tape, states: States, request: Request, groups: int) -> None:
         super().__init__(t, states)
-        if request.optimizer in ("galore_adamw", "apollo_adamw", "muon"):
-            raise unknown(f"--optimizer {request.optimizer} with --zero")
+        if request.optimizer in OWN:
+            raise _no_optimizer(request, "--zero", [x for x in STEPS if x not in OWN])
         self.stage, self.ranks, self.groups = request.zero or 0, mesh_of(request).data, groups
-        self.checkpointing = request.gradient_checkpointing
+        self.checkpointing, self.accumulates = request.gradient_checkpointing, request.grad_accum > 1
         self.away: Elsewhere | None = _place(request, "optimizer")
         self.params_away: Elsewhere | None = _place(request, "params")
         if self.params_away and not self.away:
             self.away = "cpu"  # DeepSpeed's optimizer works where its masters lie
         if self.away and request.optimizer not in ON_CPU:
-            raise unknown(f"--optimizer {request.optimizer} with --offload optimizer")
+            raise _no_optimizer(request, "--zero --offload optimizer", ON_CPU)
         trained = list(self._counted(states.trained()))
         self.item = ITEM_BYTES[trained[0].tensor.dtype]
         self.whole = sum(x.tensor.numel for x in trained)
@@ -106,6 +108,8 @@ class Zero(Units):
         self.bucket: int | None = None
         self.own: int | None = None
         """This GPU's gradients."""
+        self.added: int | None = None
+        """Those of a later batch, until they are added."""
         self.large: Parameter | None = None
         """A gradient that no bucket holds."""
         self.grad: list[int] = []
@@ -161,6 +165,8 @@ class Zero(Units):
         t.elsewhere.append(("cpu", PARTITION, self.part * self.item))  # as they come, and as masters go back
         if self.stage < 3:
             t.elsewhere.append(("cpu", COPYING, self.largest * self.item))
+            if self.accumulates:
+                t.elsewhere.append(("cpu", PARTITION, self.part * self.item))
         if self.away == "nvme":
             group = max(x.tensor.numel for x in self.leaves)
             t.elsewhere.append(("cpu", PINNED, SWAP_BUFFERS * group * 4))
@@ -273,8 +279,12 @@ class Zero(Units):
 
     def _begin(self) -> None:
         """The part that this GPU keeps, and a full bucket on its way."""
-        if self.own is None and self.stage < 3 and self.away is None:
-            self.own = self.tape.timeline.alloc(self.part * self.item, PARTITION)
+        if self.stage < 3 and self.away is None:
+            came = self.tape.timeline.alloc(self.part * self.item, PARTITION)
+            if self.own is None:
+                self.own = came
+            else:
+                self.added = came  # to what earlier batches left
         if self.ranks > 1:
             self._moment(min(BUCKET_ELEMENTS, self.whole) * self.item, REDUCING)
 
@@ -293,7 +303,8 @@ class Zero(Units):
         if self.stage == 1 and self.last:
             self._begin()
         self._free(self.bucket)
-        self.bucket, self.begun = None, False
+        self._free(self.added)
+        self.bucket, self.added, self.begun = None, None, False
         if self.stage == 1 and self.last:
             for leaf in self.states.trained():
                 leaf.node.grad = None  # type: ignore[union-attr]
@@ -347,6 +358,11 @@ class Zero(Units):
     def _free(self, handle: int | None) -> None:
         if handle is not None:
             self.tape.timeline.free(handle)
+
+
+def _no_optimizer(request: Request, beside: str, valid: Iterable[str]) -> HfvramError:
+    words = f"--optimizer {request.optimizer} with {beside} has no formula"
+    return HfvramError("usage", f"{words}: valid are {', '.join(valid)}")
 
 
 def _place(request: Request, what: str) -> Elsewhere | None:
