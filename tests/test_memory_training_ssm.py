@@ -14,11 +14,20 @@ from hfvram.request import Request
 SMALL: dict[str, Any] = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2}
 MAMBA = SMALL | {"model_type": "mamba", "state_size": 8, "time_step_rank": 4}
 MAMBA_2 = SMALL | {"model_type": "mamba2", "state_size": 16, "num_heads": 8, "head_dim": 16, "n_groups": 2}
+HYBRID = SMALL | {"intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+MIXED = HYBRID | {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1}
 MODELS: dict[str, dict[str, Any]] = {
     "mamba": MAMBA,
     "mamba, bf16 residual": MAMBA | {"residual_in_fp32": False, "use_conv_bias": False},
     "falcon_mamba": MAMBA | {"model_type": "falcon_mamba"},
     "mamba2": MAMBA_2 | {"chunk_size": 16},
+    "bamba": MIXED | {"model_type": "bamba", "attn_layer_indices": [1]},
+    "granitemoehybrid, dense": MIXED
+    | {"model_type": "granitemoehybrid", "shared_intermediate_size": 96, "num_local_experts": 0}
+    | {"layer_types": ["mamba", "attention"]},
+    "nemotron_h, dense": HYBRID
+    | {"model_type": "nemotron_h", "hybrid_override_pattern": "M-*-", "head_dim": 16, "mamba_num_heads": 8}
+    | {"mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 2, "chunk_size": 16},
     "mamba2, bf16 residual": MAMBA_2 | {"chunk_size": 64, "residual_in_fp32": False, "use_conv_bias": False},
 }
 OPTIONS: list[dict[str, Any]] = [
@@ -27,6 +36,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"gradient_checkpointing": True},
     {"dtype": "fp32", "optimizer": "adamw_8bit"},
     {"dtype": "fp32", "mixed_precision": "bf16", "batch": 2},
+    {"attention": "eager"},
     {"dtype": "fp32", "mixed_precision": "bf16", "gradient_checkpointing": True},
 ]
 TRUTH = Path(__file__).parents[1] / "fixtures" / "measured" / "h100.jsonl"

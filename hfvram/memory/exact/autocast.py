@@ -1,7 +1,8 @@
 """CUDA's autocast, emulated: the meta device has none.
 
 Products run in the low dtype, with a cast of each fp32 weight that is kept until the outermost autocast ends; what must
-be accurate runs in fp32. Source: PyTorch 2.11, autocast_mode.h (the three lists), autocast_mode.cpp `cached_cast`.
+be accurate runs in fp32 (`square` is a `pow` to the dispatcher). Source: PyTorch 2.11, autocast_mode.h (the three
+lists), autocast_mode.cpp `cached_cast`.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ FP32 = frozenset(
         *("layer_norm", "group_norm", "norm", "normalize", "nll_loss", "binary_cross_entropy_with_logits", "mse_loss"),
         *("l1_loss", "smooth_l1_loss", "huber_loss", "kl_div", "cosine_similarity", "cosine_embedding_loss", "cdist"),
         *("softplus", "logsumexp", "erfinv", "tan", "cosh", "sinh", "acos", "asin", "exp", "expm1", "reciprocal"),
-        *("log", "log1p", "log2", "log10", "rsqrt", "pow", "__pow__", "__rpow__", "__rdiv__", "__rtruediv__"),
+        *("log", "log1p", "log2", "log10", "rsqrt", "square", "pow", "__pow__", "__rpow__", "__rdiv__", "__rtruediv__"),
     )
 )
 STOOD_FOR = ("meta", "cuda")

@@ -15,13 +15,13 @@ from hfvram.memory.training.feed_forward import feed_forward
 from hfvram.memory.training.kinds import kind_of
 from hfvram.memory.training.mixture import mixture
 from hfvram.memory.training.routing import BALANCE, balance
-from hfvram.memory.training.state_space import state_space
+from hfvram.memory.training.state_space import mix, state_space
 from hfvram.memory.training.states import Blocks, States, Weights
 from hfvram.memory.training.surroundings import POSITIONS, Surroundings, angles, counted, masks, positions, surround
 from hfvram.memory.training.tape import Tape
 from hfvram.memory.training.tensors import Tensor
 from hfvram.model.architecture import Architecture
-from hfvram.model.layers import Attention, Dropout, FeedForward, Layer, MixtureOfExperts
+from hfvram.model.layers import Attention, Dropout, FeedForward, Layer, Mamba1, Mamba2, MixtureOfExperts
 from hfvram.request import Request
 
 LOSS = "transformers 5.17: loss_utils.py ForCausalLMLoss"
@@ -118,6 +118,8 @@ def decode(
     around.held = around.ones = None
     used = {m.window for layer, _ in layers for m in layer.mixers if isinstance(m, Attention)}
     around.masks = {window: mask for window, mask in around.masks.items() if window in used}
+    if not kind.packs:  # checkpoints hold what layers are given
+        around.positions = None
     del embedded, held
     return hidden, around.router_logits
 
@@ -174,16 +176,16 @@ def run_layer(t: Tape, layer: Layer, blocks: Blocks, hidden: Tensor, around: Sur
     parts = len(layer.mixers) + (layer.feed_forward is not None)
     size = len(blocks.own) // (parts * (2 if layer.norm_position == "both" else 1))
     (mixer,), (leaves,) = layer.mixers, blocks.mixers
-    if not isinstance(mixer, Attention):
-        raise unknown(f"{mixer.kind} of {around.class_name}")
     feed = layer.feed_forward
-    if feed is None:
+    if feed is None or not isinstance(mixer, Attention | Mamba1 | Mamba2):
         raise unknown(f"a layer of {around.class_name}")
+    if not isinstance(mixer, Attention) and not isinstance(feed, FeedForward):
+        raise unknown(f"experts beside a state space in {around.class_name}")
     before, after = layer.norm_position != "post", layer.norm_position != "pre"
     residual = hidden
     if before:
         hidden = normalize(t, hidden, own.norm(size), layer.norm, code)
-    hidden, _weights = attention(t, mixer, Weights(leaves), hidden, around)
+    hidden, _weights = mix(t, mixer, Weights(leaves), hidden, around)
     if after:
         hidden = normalize(t, hidden, own.norm(size), layer.norm, code)
     hidden = _joined(t, residual, hidden, 0 if around.kind.drops_inside else p, around)

@@ -23,9 +23,11 @@ Rotation = Literal[
 ]
 """Rotary positions of halves: over whole heads (forward or back), over a part joined with the rest (each at once, one
 after the other, or both at the end), or in fp32 and cast back; and of neighbours, so as well."""
-NormOrder = Literal["last", "first", "between", "after each", "middle"]
+NormOrder = Literal[
+    "last", "first", "between", "after each", "middle", "after the feed-forward", "before the feed-forward"
+]
 """Where a layer's norms stand among its parameters: after its parts, before them, one before or after each, or
-all before its feed-forward."""
+all before its feed-forward; or after or before a feed-forward that is before the mixer."""
 Embedding = Literal[
     "tokens",
     "positions",
@@ -72,6 +74,10 @@ class Kind:
     """Without checkpointing keys and values are cached while training, too: `use_cache` is the text configuration's."""
     layers_count: bool = True
     """Layers are given the positions, through which flash attention looks again."""
+    shifts: bool = True
+    """What is counted is shifted by the cache's length (Bamba: not)."""
+    packs: bool = True
+    """The mask is made with those positions (Granite 4: without)."""
     transposed: bool = False
     """Linear layers are `Conv1D`."""
     own_softmax: bool = False
@@ -159,6 +165,9 @@ KINDS: Final[dict[str, Kind]] = {
     "mamba": _MAMBA,
     "mamba2": _MAMBA,
     "falcon_mamba": _MAMBA,
+    "nemotron_h": Kind(norms="first", layer="state space", wide_logits=True),
+    "bamba": Kind(norms="after the feed-forward", rotates="part", shifts=False),
+    "granitemoehybrid": Kind(norms="before the feed-forward", packs=False, scaled=True, multiplied=True),
     "smollm3": _LLAMA,
     "opt": Kind(layer="flattened", embedding="counted ones", counts=False, norms="after each", final_first=True),
     "ministral": Kind(masks="both"),

@@ -3,6 +3,7 @@ and gone through by clipping and optimizers in the order of `model.parameters()`
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
+from typing import Final
 
 from hfvram.memory.timeline import Tag
 from hfvram.memory.training import operators as op
@@ -65,6 +66,13 @@ class Weights:
         return op.linear(t, x, weight, bias, tag)
 
 
+OTHERWISE: Final[dict[NormOrder, tuple[str, ...]]] = {
+    "after the feed-forward": ("feed-forward", "norms", "mixers"),
+    "before the feed-forward": ("norms", "feed-forward", "mixers"),
+}
+"""Where the feed-forward stands before the mixer."""
+
+
 class Blocks:
     """The leaves of one layer, by its parts."""
 
@@ -78,6 +86,12 @@ class Blocks:
         self.own = [leaf(p) for p in layer.params if p.kind != "buffer"]
 
     def __iter__(self) -> Iterator[Leaf]:
+        if self.order in OTHERWISE:
+            parts = {"norms": [self.own], "feed-forward": [self.feed_forward], "mixers": self.mixers}
+            for part in OTHERWISE[self.order]:
+                for leaves in parts[part]:
+                    yield from leaves
+            return
         norms = iter(self.own)
         first = {"first": len(self.own), "between": len(self.own) // 2}.get(self.order, 0)
         yield from islice(norms, first)

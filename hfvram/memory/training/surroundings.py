@@ -43,7 +43,7 @@ class Surroundings:
     @property
     def packs(self) -> bool:
         """Whether positions are looked through for packed sequences: of Qwen2-VL they have three dimensions."""
-        return self.kind.counts and self.kind.angles != "in three"
+        return self.kind.counts and self.kind.packs and self.kind.angles != "in three"
 
     @property
     def caches(self) -> bool:
@@ -52,7 +52,7 @@ class Surroundings:
 
     def of(self, layer: Layer) -> "Surroundings":
         """With the angles and the mask that this layer is given, where others are given other ones."""
-        part = layer.mixers[0]
+        part = layer.mixers[0] if layer.mixers else None
         if not isinstance(part, Attention) or (len(self.rotary) < 2 and len(self.masks) < 2):
             return self
         rotary = {key: angles for key, angles in self.rotary.items() if part.kind in key or "" in key}
@@ -118,9 +118,9 @@ def angles(t: Tape, layers: list[Layer], found: Surroundings, ids: Tensor, dtype
 def positions(t: Tape, found: Surroundings, ids: Tensor) -> Tensor:
     """The tokens' places, counted."""
     s = ids.shape[1]
-    count = t.new((s,), "int64", None, POSITIONS)
     found.positions = t.new((s,), "int64", None, POSITIONS)
-    del count
+    if found.kind.shifts:
+        found.positions = t.new((s,), "int64", None, POSITIONS)
     return found.positions
 
 
