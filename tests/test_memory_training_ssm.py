@@ -50,6 +50,8 @@ def test_event_by_event_as_the_models_own_code(name: str, options: dict[str, Any
     from hfvram.memory.exact.simulate import simulate
 
     config = MODELS[name]
+    if name == "bamba" and "mixed_precision" in options:
+        pytest.skip("on meta transformers leaves autocast on around rotary angles, which it turns off on CUDA")
     request = {"mode": "train", "ctx": 32, "dtype": "bf16", "quant": "none", "method": "simulate"} | options
     exact = simulate(config, None, Request.from_dict(request))
     formula = formed(config, on_meta=True, **options)
@@ -62,6 +64,13 @@ def test_event_by_event_as_the_models_own_code(name: str, options: dict[str, Any
 def test_a_bias_that_the_fused_kernels_take_is_said(config: dict[str, Any]) -> None:
     with pytest.raises(HfvramError, match="bias of the output's projection") as caught:
         formed(config | {"use_bias": True})
+    assert caught.value.kind == "usage"
+
+
+@pytest.mark.parametrize("options", [{"padding": True}, {"attention": "flash_attention_2"}], ids=str)
+def test_what_a_hybrid_has_no_formula_for_is_said(options: dict[str, Any]) -> None:
+    with pytest.raises(HfvramError, match="has no formula for training yet") as caught:
+        formed(MODELS["bamba"], **options)
     assert caught.value.kind == "usage"
 
 
