@@ -129,7 +129,8 @@ def activate(t: Tape, x: Tensor, name: str) -> Tensor:
     if name in ("gelu_new", "gelu_python_tanh"):
         return _gelu_new(t, x)
     if name == "relu2":
-        return op.power(t, op.of_output(t, x, ACTIVATION), ACTIVATION)
+        applied = op.of_output(t, x, ACTIVATION)
+        return op.power(t, applied, ACTIVATION)
     raise unknown(f"activation {printable(name, 40)}")
 
 
