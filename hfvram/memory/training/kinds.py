@@ -167,7 +167,7 @@ KINDS: Final[dict[str, Kind]] = {
     "falcon_mamba": _MAMBA,
     "nemotron_h": Kind(norms="first", layer="state space", wide_logits=True),
     "bamba": Kind(norms="after the feed-forward", rotates="part", shifts=False),
-    "granitemoehybrid": Kind(norms="before the feed-forward", packs=False, scaled=True, multiplied=True),
+    "granitemoehybrid": Kind(norms="before the feed-forward", packs=False, scaled="first", multiplied=True),
     "smollm3": _LLAMA,
     "opt": Kind(layer="flattened", embedding="counted ones", counts=False, norms="after each", final_first=True),
     "ministral": Kind(masks="both"),
