@@ -79,6 +79,7 @@ class Request:
     mem_fraction_static: float | None = None
     engine_args: str | None = None
     requests: str | None = None
+    draft: str | None = None
     gpu: str | None = None
     max_ctx: bool = False
     max_batch: bool = False

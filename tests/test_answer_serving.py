@@ -149,3 +149,37 @@ def test_a_line_that_starts_an_engine() -> None:
     assert "is understood" in refusal(engine_args="ls -l")
     assert "command line" in refusal(engine_args="vllm 'serve")
     assert "--engine sglang" in refusal(engine="sglang", engine_args=line)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_a_draft_adds_its_weights_and_its_cache(engine: str) -> None:
+    small = "meta-llama/Llama-3.2-1B-Instruct"
+    alone, draft = ask(LLAMA_8B, engine=engine).serving, ask(small, engine=engine).serving
+    both = ask(LLAMA_8B, engine=engine, draft=small).serving
+    assert alone is not None
+    assert draft is not None
+    assert both is not None
+    # 16 layers of 8 heads of 64, twice, in bf16, beside the model's 131,072 B.
+    assert both.kv_bytes_per_token == 131_072 + 16 * 2 * 8 * 64 * 2
+    assert both.loaded_bytes - alone.loaded_bytes == pytest.approx(draft.loaded_bytes, rel=0.02)
+    assert ask(LLAMA_8B, engine=engine, draft=small, ctx=16).cache_bytes == 16 * both.kv_bytes_per_token
+    assert "recurrent" in refusal(engine=engine, draft="state-spaces/mamba-130m-hf")
+    assert "goes with --engine" in refusal(engine="transformers", draft=small)
+
+
+def test_recommended_is_what_the_engine_itself_fits() -> None:
+    e = ask(LLAMA_8B, ctx=8192, recommend=True)
+    assert e.recommended
+    for r in e.recommended:
+        fit = ask(LLAMA_8B, ctx=8192, gpu=r.gpu).fit
+        assert fit is not None
+        assert fit.fits
+    # 15 GiB of weights and 1 GiB of cache are within an RTX 4080's 16 GB, but not within 0.9 of it.
+    assert all(r.capacity_bytes > 18 * GiB for r in e.recommended)
+
+
+def test_a_batch_of_any_size_is_answered_at_once() -> None:
+    e = ask(LLAMA_8B, gpu="H100", batch=10**9, ctx=16)
+    assert e.cache_bytes == 10**9 * 16 * 131_072
+    assert e.fit is not None
+    assert not e.fit.fits

@@ -8,6 +8,7 @@ A new GPU is one word in `_TABLE`.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal, cast
@@ -272,13 +273,17 @@ def _capability(name: str) -> str | None:
 
 def recommend(device_bytes: int) -> tuple[Gpu, ...]:
     """The smallest GPU of each tier and vendor that holds this many bytes, smallest first."""
-    smallest: dict[tuple[str, str], Gpu] = {}
-    for gpu in gpus():
-        if gpu.memory_bytes >= device_bytes and gpu.generation not in _OLD and "Laptop" not in gpu.name:
-            best = smallest.get((gpu.vendor, gpu.tier))
-            if not best or gpu.memory_bytes < best.memory_bytes:
-                smallest[gpu.vendor, gpu.tier] = gpu
-    return tuple(sorted(smallest.values(), key=lambda g: g.memory_bytes))
+    return smallest(lambda gpu: gpu.memory_bytes >= device_bytes)
+
+
+def smallest(runs: Callable[[Gpu], bool]) -> tuple[Gpu, ...]:
+    """The smallest GPU of each tier and vendor on which it `runs`, smallest first."""
+    found: dict[tuple[str, str], Gpu] = {}
+    for gpu in sorted(gpus(), key=lambda g: g.memory_bytes):
+        kind = gpu.vendor, gpu.tier
+        if kind not in found and gpu.generation not in _OLD and "Laptop" not in gpu.name and runs(gpu):
+            found[kind] = gpu
+    return tuple(found.values())
 
 
 @cache

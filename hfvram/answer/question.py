@@ -60,6 +60,18 @@ class Session:
         serving_options.check(request)
         if request.engine not in serving_options.ENGINES:
             check(request)
+        known = self._read(model, request, revision, token, offline, file)
+        if request.draft:
+            known = replace(known, draft=self._read(request.draft, request, None, token, offline, None))
+        found = answer(known, request)
+        if notes:
+            found = replace(found, warnings=(*found.warnings, *notes))
+        return replace(found, warnings=(*found.warnings, INEXACT)) if without else found
+
+    def _read(
+        self, model: str, request: Request, revision: str | None, token: str | None, offline: bool, file: str | None
+    ) -> Model:
+        """A model that is read once, or fails once."""
         allowed = (request.allow_unknown, request.trust_remote_code, request.method)
         key = (model, revision, token, offline, file, *allowed)
         if key not in self._models:
@@ -71,10 +83,7 @@ class Session:
         known = self._models[key]
         if isinstance(known, HfvramError):
             raise known
-        found = answer(known, request)
-        if notes:
-            found = replace(found, warnings=(*found.warnings, *notes))
-        return replace(found, warnings=(*found.warnings, INEXACT)) if without else found
+        return known
 
 
 def understand_or_forget(checkpoint: Checkpoint, request: Request, token: str | None, offline: bool) -> Model:
@@ -116,7 +125,7 @@ def answer(model: Model, asked: Request) -> Estimate:
         asked = asked.with_(compute_capability=gpu.capability)
     found = serving.estimate(model, asked, gpu) if served else estimate_of(model, asked)
     notes: list[str] = []
-    if asked.recommend:
+    if asked.recommend and not served:
         recommended = (Recommended(gpu=g.name, capacity_bytes=g.memory_bytes) for g in recommend(found.device_bytes))
         found = replace(found, recommended=tuple(recommended))
     if gpu:

@@ -6,9 +6,9 @@ from typing import Final
 
 from hfvram import __version__
 from hfvram.answer import guide
-from hfvram.answer.estimate import Estimate, Interval, Item, Serving
+from hfvram.answer.estimate import Estimate, Interval, Item, Recommended, Serving
 from hfvram.answer.facts import facts, guide_items
-from hfvram.answer.gpus import Gpu
+from hfvram.answer.gpus import Gpu, smallest
 from hfvram.answer.items import ROUNDING, in_numbers
 from hfvram.answer.serving_fit import device_bytes, verdict
 from hfvram.answer.serving_options import NAMES, asked_for, plan, resolve
@@ -54,10 +54,11 @@ def estimate(model: Model, asked: Request, gpu: Gpu | None) -> Estimate:
         peak_allocated_bytes=allocated,
         peak_reserved_bytes=reserved,
         device_bytes=device,
-        interval=Interval(low_bytes=max(0, device - SLACK_BYTES), high_bytes=device + SLACK_BYTES, basis=BASIS),
+        interval=_interval(request.engine, device),
         guide=guide.rule(guide_items(model, request)),
         serving=serving(found, request),
         fit=verdict(model, request, gpu, found) if gpu else None,
+        recommended=_recommended(model, request) if request.recommend else (),
         warnings=(*model.warnings, *notes, *found.notes),
     )
 
@@ -81,6 +82,21 @@ def serving(found: Plan, request: Request) -> Serving:
         non_torch_bytes=found.non_torch_bytes,
         graph_bytes=found.graph_bytes,
     )
+
+
+def _interval(engine: str, device: int) -> Interval:
+    """vLLM's by its logs; of SGLang no log says the whole."""
+    if engine == "vllm":
+        return Interval(low_bytes=max(0, device - SLACK_BYTES), high_bytes=device + SLACK_BYTES, basis=BASIS)
+    return Interval(
+        low_bytes=int(device * 0.9), high_bytes=int(device * 1.1), basis="no measured case is like this one: ±10 %"
+    )
+
+
+def _recommended(model: Model, request: Request) -> tuple[Recommended, ...]:
+    """The smallest GPUs on which the engine's pool holds the requests."""
+    found = smallest(lambda gpu: plan(model, request, gpu).holds(asked_for(request)))
+    return tuple(Recommended(gpu=g.name, capacity_bytes=g.memory_bytes) for g in found)
 
 
 def _items(found: Plan, needed: int) -> Iterator[Item]:

@@ -66,13 +66,9 @@ def _longest(found: Plan, batch: int, most: int) -> int:
     low, high = 0, most + 1
     while high - low > 1:
         middle = (low + high) // 2
-        fits = found.room_bytes is not None and found.room_bytes >= 0 and _units_hold(found, middle, batch)
+        fits = found.holds(((batch, middle),))
         low, high = (middle, high) if fits else (low, middle)
     return low
-
-
-def _units_hold(found: Plan, tokens: int, batch: int) -> bool:
-    return all(p.units is None or p.needs(tokens) * batch <= p.units for p in found.pools)
 
 
 def _most(found: Plan, ctx: int) -> int:

@@ -8,8 +8,9 @@ from hfvram.errors import HfvramError
 from hfvram.memory.forward import ELEMENT_BYTES
 from hfvram.memory.mesh import mesh_of
 from hfvram.memory.serving import sglang, vllm
+from hfvram.memory.serving.layers import recurrent
 from hfvram.memory.serving.options import Options
-from hfvram.memory.serving.plan import Plan
+from hfvram.memory.serving.plan import Plan, Requests
 from hfvram.memory.weights import packed_bits
 from hfvram.model import caching, rope
 from hfvram.model.identify import Model
@@ -20,7 +21,7 @@ ENGINES: Final = ("vllm", "sglang")
 NAMES: Final = {"vllm": "vLLM", "sglang": "SGLang"}
 PLANS: Final = {"vllm": vllm.plan, "sglang": sglang.plan}
 OWN: Final = {"vllm": ("gpu_memory_utilization",), "sglang": ("mem_fraction_static",)}
-SHARED: Final = ("max_num_seqs", "max_num_batched_tokens", "enforce_eager", "requests", "engine_args")
+SHARED: Final = ("max_num_seqs", "max_num_batched_tokens", "enforce_eager", "requests", "engine_args", "draft")
 NO_USE: Final = (
     *("padding", "cache", "attention", "kernels", "ep", "cp", "sp", "zero", "fsdp", "offload"),
     "expandable_segments",
@@ -97,6 +98,14 @@ def resolve(model: Model, request: Request) -> tuple[Request, list[str]]:
     changes: dict[str, Any] = {"ctx": ctx, "dtype": dtype, "gpus": mesh_of(request).gpus, "method": "formula"}
     changes |= {"phase": "generate", "kv_dtype": kv if kv in CHOICES["kv_dtype"] else "auto"}
     changes |= {"quant": quant if quant in CHOICES["quant"] else request.quant}
+    if model.draft:
+        b = model.draft.architecture
+        if any(recurrent(layer) for x in (a, b) for layer in x.text.layers):
+            raise HfvramError("usage", "--draft with recurrent layers is not supported yet")
+        if b.vocab_size != a.vocab_size:
+            warnings.append(f"the draft's vocabulary of {b.vocab_size:,} is not the model's of {a.vocab_size:,}")
+        if b.quantization:
+            warnings.append(f"the draft counts in {dtype}, not in its own {b.quantization}")
     return request.with_(**changes), warnings
 
 
@@ -124,11 +133,13 @@ def options(model: Model, request: Request, gpu: Gpu | None) -> Options:
 def plan(model: Model, request: Request, gpu: Gpu | None) -> Plan:
     """The engine's plan for a resolved request."""
     a = model.architecture
-    return PLANS[request.engine](a, options(model, request, gpu), rope.tables(a, model.checkpoint.config))
+    draft = None
+    if model.draft:
+        b = model.draft.architecture
+        draft = b, rope.tables(b, model.draft.checkpoint.config)
+    return PLANS[request.engine](a, options(model, request, gpu), rope.tables(a, model.checkpoint.config), draft)
 
 
-def asked_for(request: Request) -> tuple[int, ...]:
-    """Tokens of each concurrent request."""
-    if request.requests:
-        return tuple(n for count, n in lengths(request.requests) for _ in range(count))
-    return (request.ctx or 1,) * request.batch
+def asked_for(request: Request) -> Requests:
+    """The concurrent requests."""
+    return tuple(lengths(request.requests)) if request.requests else ((request.batch, request.ctx or 1),)

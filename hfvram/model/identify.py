@@ -22,6 +22,8 @@ class Model:
     warnings: tuple[str, ...]
     components: tuple[tuple[str, "Model"], ...] = ()
     """The parts of a pipeline; the first stands for it in the fields above."""
+    draft: "Model | None" = None
+    """What speculates for it in a serving engine."""
 
 
 def needs_headers(checkpoint: Checkpoint, architecture: Architecture) -> bool:

@@ -27,7 +27,7 @@ VLLM = {
     "gpu-memory-utilization": ("gpu_memory_utilization", None),
     "max-num-seqs": ("max_num_seqs", None), "max-num-batched-tokens": ("max_num_batched_tokens", None),
     "enforce-eager": ("enforce_eager", True), "dtype": ("dtype", DTYPES), "kv-cache-dtype": ("kv_dtype", CACHE_DTYPES),
-    "quantization": ("quant", QUANTS), "q": ("quant", QUANTS), "revision": ("revision", None),
+    "quantization": ("quant", QUANTS), "q": ("quant", QUANTS),
 }  # fmt: skip
 SGLANG = {
     "model-path": ("model", None), "model": ("model", None), "context-length": ("ctx", None), "tp-size": ("tp", None),
@@ -35,7 +35,7 @@ SGLANG = {
     "pipeline-parallel-size": ("pp", None), "mem-fraction-static": ("mem_fraction_static", None),
     "max-running-requests": ("max_num_seqs", None), "chunked-prefill-size": ("max_num_batched_tokens", None),
     "disable-cuda-graph": ("enforce_eager", True), "dtype": ("dtype", DTYPES),
-    "kv-cache-dtype": ("kv_dtype", CACHE_DTYPES), "quantization": ("quant", QUANTS), "revision": ("revision", None),
+    "kv-cache-dtype": ("kv_dtype", CACHE_DTYPES), "quantization": ("quant", QUANTS),
 }  # fmt: skip
 NO_MATTER = frozenset({
     "host", "port", "api-key", "served-model-name", "tokenizer", "tokenizer-path", "chat-template", "seed",

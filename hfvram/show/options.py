@@ -11,7 +11,7 @@ GRID = ("ctx", "batch", "quant", "gpus", "gpu", "kv_dtype")
 """Options that take a comma list: each value is a request of its own."""
 
 LATER = (
-    "n_gpu_layers", "n_cpu_moe", "override_tensor", "draft", "from", "plot",
+    "n_gpu_layers", "n_cpu_moe", "override_tensor", "from", "plot",
 )  # fmt: skip
 """Options that a later version answers; until then they are refused, never ignored."""
 
@@ -84,7 +84,7 @@ GROUPS = (
         ("--override-tensor", "SPEC", "llama.cpp"),
         ("--engine-args", "LINE", "the line that starts the engine: \"vllm serve …\"; other options win over it"),
         ("--requests", "LIST", "concurrent requests, count × tokens: 512x2048,16x32768"),
-        ("--draft", "MODEL", "speculative decoding"),
+        ("--draft", "MODEL", "vLLM, SGLang: the model that speculates"),
         ("--from", "FILE", "a training or DeepSpeed configuration file"),
     )),
     Group("The verdict", (

@@ -1,10 +1,13 @@
 """A serving engine's plan for one GPU, in one shape for all engines: what stands, what it runs with, its pools."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 
 from hfvram.memory.timeline import Standing
+
+Requests = tuple[tuple[int, int], ...]
+"""Concurrent requests: how many, and the tokens of each."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,11 +27,11 @@ class Pool:
     def pool_bytes(self) -> int:
         return (self.units + self.spare) * self.unit_bytes if self.units else 0
 
-    def needed_bytes(self, requests: Iterable[int]) -> int:
-        return sum(map(self.needs, requests)) * self.unit_bytes
+    def needed(self, requests: Requests) -> int:
+        return sum(count * self.needs(tokens) for count, tokens in requests)
 
-    def holds(self, requests: Iterable[int]) -> bool:
-        return self.units is None or sum(map(self.needs, requests)) <= self.units
+    def holds(self, requests: Requests) -> bool:
+        return self.units is None or self.needed(requests) <= self.units
 
     def concurrency(self, ctx: int) -> float:
         """Requests of `ctx` tokens that it holds at once."""
@@ -60,13 +63,11 @@ class Plan:
     def pool_bytes(self) -> int | None:
         return None if self.room_bytes is None else sum(p.pool_bytes for p in self.pools)
 
-    def cache_bytes(self, requests: Iterable[int]) -> int:
-        """What requests of so many tokens take of the pools."""
-        requests = tuple(requests)
-        return sum(p.needed_bytes(requests) for p in self.pools)
+    def cache_bytes(self, requests: Requests) -> int:
+        """What these requests take of the pools."""
+        return sum(p.needed(requests) * p.unit_bytes for p in self.pools)
 
-    def holds(self, requests: Iterable[int]) -> bool:
-        requests = tuple(requests)
+    def holds(self, requests: Requests) -> bool:
         return (self.room_bytes is None or self.room_bytes >= 0) and all(p.holds(requests) for p in self.pools)
 
     def concurrency(self, ctx: int) -> float | None:

@@ -15,7 +15,7 @@ from hfvram.memory.serving.layers import attending, attention_cache, recurrent, 
 from hfvram.memory.serving.options import Options
 from hfvram.memory.serving.plan import Plan, Pool
 from hfvram.memory.serving.specs import WindowCache
-from hfvram.memory.serving.weights import Stage, stages, standing
+from hfvram.memory.serving.weights import Draft, Stage, stages, standing, with_draft
 from hfvram.model.architecture import Architecture
 from hfvram.model.rope import RopeTable
 from hfvram.units import GiB, MiB
@@ -60,22 +60,30 @@ def graph_bytes(layers: int, o: Options) -> int:
     return 0 if o.enforce_eager else int((0.4 + 0.008 * layers) * GiB)
 
 
-def plan(a: Architecture, o: Options, rope: tuple[RopeTable, ...]) -> Plan:
-    """The plan of the stage with the fewest tokens."""
-    parts = [_stage(a, o, rope, stage) for stage in stages(len(a.text.layers), o.pp)]
+def plan(a: Architecture, o: Options, rope: tuple[RopeTable, ...], draft: Draft | None = None) -> Plan:
+    """The plan of the stage with the fewest tokens. A draft's layers keep as many tokens.
+
+    Left out: SGLang takes the draft's layers to be as wide as the model's while it sizes the pools.
+    """
+    count = len(a.text.layers)
+    parts = [_stage(a, o, rope, stage, draft if stage.heads else None) for stage in stages(count, o.pp)]
     if o.gpu_bytes is None:
         return max(parts, key=lambda p: p.loaded_bytes)
     return min(parts, key=lambda p: p.tokens if p.tokens is not None else p.room_bytes or 0)
 
 
-def _stage(a: Architecture, o: Options, rope: tuple[RopeTable, ...], stage: Stage) -> Plan:
-    weights = standing(a, o.dtype, o.quant, o.tp, stage, rope, o.pp)
+def _stage(a: Architecture, o: Options, rope: tuple[RopeTable, ...], stage: Stage, draft: Draft | None) -> Plan:
+    weights = with_draft(standing(a, o.dtype, o.quant, o.tp, stage, rope, o.pp), draft, o.dtype, o.tp)
     loaded = stand(weights).reserved
     room = None
     if o.gpu_bytes is not None:
         before = o.gpu_bytes - CONTEXT_BYTES - (DISTRIBUTED_BYTES if o.tp * o.pp > 1 else 0)
         room = int(before * (o.utilization or static_fraction(o))) - loaded
     full, sliding, state, window = cells(a, o, stage)
+    if draft:
+        layers = len(draft[0].text.layers)
+        ahead = sum(cells(draft[0], o, Stage(0, layers, layers))[:2])
+        full += ahead
     pools, tokens = _pools(full, sliding, state, window, None if room is None else max(0, room))
     profile = Profile(defaults(o)[0], 1, ELEMENT_BYTES[o.dtype], o.tp, o.quant)
     return Plan(

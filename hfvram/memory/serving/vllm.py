@@ -14,7 +14,7 @@ from hfvram.memory.serving.layers import attending, attention_cache, recurrent, 
 from hfvram.memory.serving.options import Options
 from hfvram.memory.serving.plan import Plan, Pool
 from hfvram.memory.serving.specs import Cache, StateCache
-from hfvram.memory.serving.weights import Stage, stages, standing
+from hfvram.memory.serving.weights import Draft, Stage, stages, standing, with_draft
 from hfvram.model.architecture import Architecture
 from hfvram.model.rope import RopeTable
 from hfvram.units import GiB
@@ -71,17 +71,24 @@ def _paired(found: list[tuple[int, Cache]]) -> list[tuple[int, Cache]]:
     return [(i, replace(c, padded_bytes=page) if isinstance(c, StateCache) else grown[c]) for i, c in found]
 
 
-def plan(a: Architecture, o: Options, rope: tuple[RopeTable, ...]) -> Plan:
-    """The plan of the stage with the fewest blocks. Raises `usage` for what vLLM can't split or group."""
-    groups = grouped(caches(a, o))
-    parts = [_stage(a, o, rope, groups, stage) for stage in stages(len(a.text.layers), o.pp)]
+def plan(a: Architecture, o: Options, rope: tuple[RopeTable, ...], draft: Draft | None = None) -> Plan:
+    """The plan of the stage with the fewest blocks. Raises `usage` for what vLLM can't split or group.
+
+    A draft model's layers are grouped with the model's own, and stand on the last stage.
+    """
+    layers = len(a.text.layers)
+    ahead = [(i + layers, c) for i, c in caches(draft[0], o)] if draft else []
+    groups = grouped([*caches(a, o), *ahead])
+    parts = [_stage(a, o, rope, groups, stage, draft if stage.heads else None) for stage in stages(layers, o.pp)]
     if o.gpu_bytes is None:
         return max(parts, key=lambda p: p.loaded_bytes)
     return min(parts, key=lambda p: p.pools[0].units if p.pools and p.pools[0].units is not None else p.room_bytes or 0)
 
 
-def _stage(a: Architecture, o: Options, rope: tuple[RopeTable, ...], groups: Groups, stage: Stage) -> Plan:
-    weights = standing(a, o.dtype, o.quant, o.tp, stage, rope, o.pp)
+def _stage(
+    a: Architecture, o: Options, rope: tuple[RopeTable, ...], groups: Groups, stage: Stage, draft: Draft | None
+) -> Plan:
+    weights = with_draft(standing(a, o.dtype, o.quant, o.tp, stage, rope, o.pp), draft, o.dtype, o.tp)
     loaded = stand(weights).allocated
     profile = Profile(batched_tokens(o), sequences(o), ELEMENT_BYTES[o.dtype], o.tp, o.quant)
     activations = peak_bytes(a, profile, stage.first, stage.last)
@@ -91,7 +98,7 @@ def _stage(a: Architecture, o: Options, rope: tuple[RopeTable, ...], groups: Gro
     if o.gpu_bytes is not None:
         requested = int(o.gpu_bytes * (o.utilization or UTILIZATION))
         room = requested - loaded - activations - outside
-    row = groups.row_bytes(stage.first, stage.last)
+    row = groups.row_bytes(stage.first, None if stage.heads else stage.last)
     count, step = len(groups.groups), profile.tokens
     units = None if room is None else max(0, room) // row if row else 0
     slots = f"{row:,} B a block of {groups.block:,} tokens" if count else ""

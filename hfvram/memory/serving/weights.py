@@ -22,6 +22,8 @@ from hfvram.model.rope import RopeTable
 
 VOCABULARY = 64
 """Rows to which a vocabulary is padded (vocab_parallel_embedding.py, DEFAULT_VOCAB_PADDING_SIZE)."""
+Draft = tuple[Architecture, tuple[RopeTable, ...]]
+"""A draft model, and its rotary tables."""
 ROPE = Tag("rotary tables", "buffers", "", "vLLM 0.19.0: rotary_embedding/base.py, cos_sin_cache", "exact")
 REPLICATED = ("kv_a_proj", "q_a_proj", "indexer")
 """Latent attention's projections that every rank has whole."""
@@ -93,6 +95,16 @@ def standing(
     if stage.heads:
         add(vocabulary(a.head, a.vocab_size, tp))
     return Standing(tuple(tensors))
+
+
+@lru_cache(maxsize=64)
+def with_draft(target: Standing, draft: Draft | None, dtype: str, tp: int) -> Standing:
+    """The tensors of a model, and after them those of the draft that speculates for it, sharded alike."""
+    if draft is None:
+        return target
+    a, rope = draft
+    count = len(a.text.layers)
+    return Standing(target.tensors + standing(a, dtype, "none", tp, Stage(0, count, count), rope).tensors)
 
 
 def vocabulary(params: Iterable[Param], rows: int, tp: int, projectors: bool = False) -> Iterator[Param]:
