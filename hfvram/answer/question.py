@@ -131,21 +131,40 @@ def answer(model: Model, asked: Request) -> Estimate:
     if gpu:
         notes += [note] if note else []
     if gpu and not served:
-        found = replace(found, fit=verdict(model, found, gpu))
+        fit, said = verdict(model, found, gpu)
+        found, notes = replace(found, fit=fit), notes + said
     return replace(found, warnings=(*found.warnings, *notes, *_assumptions(model, found)))
 
 
-def verdict(model: Model, found: Estimate, gpu: Gpu) -> Fit:
-    """Whether an estimate fits, the limits, and ways; of several GPUs for the fullest."""
-    request = found.request
+def verdict(model: Model, found: Estimate, gpu: Gpu) -> tuple[Fit, list[str]]:
+    """Whether an estimate fits, the limits, and ways; of several GPUs for the fullest.
+
+    Limits and ways are searched by formula wherever there is one: the models' own code takes seconds for each.
+    """
+    request, notes = found.request, []
+    if by_code(request) and _has_formula(model, request):
+        request, notes = request.with_(method="formula"), ["limits and ways to make it fit are searched by formula"]
     known = {request: found.device_bytes}
     needed = (lambda m, r: estimate_of(m, r).device_bytes) if by_code(request) else taken
-    return judge(
+    fit = judge(
         lambda r: known[r] if r in known else needed(model, r),
         request,
         gpu,
         max_positions=model.architecture.max_positions,
     )
+    return fit, notes
+
+
+def _has_formula(model: Model, request: Request) -> bool:
+    """Whether the formula answers what the models' own code answered."""
+    if model.components or not model.architecture.closed_form:
+        return False
+    try:
+        check(request.with_(method="formula"))
+        taken(model, request.with_(method="formula"))
+    except HfvramError:
+        return False
+    return True
 
 
 def estimate_of(model: Model, asked: Request) -> Estimate:
