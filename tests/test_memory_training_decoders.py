@@ -25,6 +25,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "cohere2": SLIDING,
     "ernie4_5": HEADS,
     "exaone4": SLIDING,
+    "gemma3": {
+        "text_config": HEADS | {"model_type": "gemma3_text", "sliding_window": 16, "sliding_window_pattern": 2},
+        "vision_config": SEEING | {"model_type": "siglip_vision_model"},
+        "mm_tokens_per_image": 4,
+        "image_token_index": 200,
+    },
     "gemma3_text": HEADS | {"sliding_window": 16, "sliding_window_pattern": 2},
     "glm": HEADS,
     "glm4": HEADS,

@@ -107,7 +107,7 @@ def decode(
         hidden = normalize(t, hidden, (), architecture.text.layers[0].norm, kind.norm)
     hidden = op.dropout(t, hidden, around.dropout.embedding, EMBEDDED)
     held = around.positions
-    if not around.packs and kind.counts:
+    if not around.packs and kind.counts and not kind.masks_first:
         around.positions = None  # layers are not given them
     hidden = through(t, layers, states.layers, hidden, around)
     weights = tuple([leaf.tensor for leaf in states.after if leaf.param.kind == "norm"])

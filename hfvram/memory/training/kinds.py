@@ -70,6 +70,8 @@ class Kind:
     """Queries, keys and values of a head lie side by side."""
     counts: bool = True
     """Positions are counted, and looked through for packed sequences."""
+    masks_first: bool = False
+    """Masks are made before positions, through which nothing looks (Gemma 3 with its tower)."""
     caches: bool = False
     """Without checkpointing keys and values are cached while training, too: `use_cache` is the text configuration's."""
     layers_count: bool = True
@@ -201,7 +203,7 @@ KINDS: Final[dict[str, Kind]] = {
 }
 
 
-WITH_TOWERS: Final = ("llava", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+WITH_TOWERS: Final = ("gemma3", "llava", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 """Types whose nested language model trains as it does alone; text alone is trained on."""
 
 
@@ -210,7 +212,7 @@ def kind_of(architecture: Architecture) -> Kind:
     if architecture.text_type is not None and architecture.model_type in WITH_TOWERS:
         if architecture.text_type not in KINDS:
             raise unknown(f"text model type {architecture.text_type}")
-        return replace(KINDS[architecture.text_type], caches=True)
+        return replace(KINDS[architecture.text_type], caches=True, masks_first=architecture.model_type == "gemma3")
     if architecture.model_type not in KINDS:
         raise unknown(f"model type {architecture.model_type}")
     return KINDS[architecture.model_type]

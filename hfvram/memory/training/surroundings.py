@@ -43,7 +43,8 @@ class Surroundings:
     @property
     def packs(self) -> bool:
         """Whether positions are looked through for packed sequences: of Qwen2-VL they have three dimensions."""
-        return self.kind.counts and self.kind.packs and self.kind.angles != "in three"
+        kind = self.kind
+        return kind.counts and kind.packs and not kind.masks_first and kind.angles != "in three"
 
     @property
     def caches(self) -> bool:
@@ -72,6 +73,8 @@ class Surroundings:
 def surround(t: Tape, layers: list[Layer], found: Surroundings, ids: Tensor, dtype: str) -> None:
     """Make what the layers need, in the order of the model's code."""
     masks(t, layers, found, ids, dtype)
+    if found.kind.masks_first:
+        positions(t, found, ids)
     angles(t, layers, found, ids, dtype)
 
 
@@ -80,7 +83,7 @@ def masks(t: Tape, layers: list[Layer], found: Surroundings, ids: Tensor, dtype:
     mixers = {id(m): m for x in layers for m in x.mixers}.values()
     parts = [m for m in mixers if isinstance(m, Attention)]
     b, s = ids.shape
-    if found.positions is None and found.kind.counts:
+    if found.positions is None and found.kind.counts and not found.kind.masks_first:
         positions(t, found, ids)
     if found.kind.layer == "with alibi":
         found.ones = _alibi(t, found, parts[0].heads, b, s, dtype)
@@ -91,7 +94,7 @@ def masks(t: Tape, layers: list[Layer], found: Surroundings, ids: Tensor, dtype:
             raise unknown(f"{found.class_name} without a layer that slides")
     if found.kind.masks == "always both":
         windows = {None: parts[0], (max(windows, key=lambda w: w or 0) or 0): parts[0]}
-    for window in sorted(windows, key=lambda w: -1 if w is None else w):
+    for window in windows if found.kind.masks_first else sorted(windows, key=lambda w: -1 if w is None else w):
         if found.packs and not found.caches and not found.request.padding:
             _packed(t, b, s)
         if found.request.attention == "flash_attention_2":
