@@ -99,6 +99,9 @@ OTHERS: list[dict[str, Any]] = [
     {"model_type": "bloom", "vocab_size": 256, "hidden_size": 64, "n_layer": 3, "n_head": 4},
     LLAMA | {"model_type": "gemma2", "head_dim": 16, "sliding_window": 16, "tie_word_embeddings": True},
     LLAMA | {"model_type": "qwen2", "tie_word_embeddings": True, "num_hidden_layers": 3},
+    LLAMA | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 3},
+    {"model_type": "distilbert", "vocab_size": 256, "dim": 64, "hidden_dim": 96, "n_layers": 3, "n_heads": 4}
+    | {"architectures": ["DistilBertForMaskedLM"]},
 ]
 
 
@@ -111,6 +114,13 @@ def test_other_layers_tied_heads_and_biases(config: dict[str, Any]) -> None:
     options = {"fsdp": "full_shard", "gpus": 4, "gradient_checkpointing": True}
     exact = simulate(config, None, asked(method="simulate", **options))
     assert sequence(formed(config, on_meta=True, **options)) == sequence(exact)
+
+
+def test_a_unit_within_a_unit_is_said() -> None:
+    mamba = {"model_type": "mamba", "vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 3, "state_size": 16}
+    assert formed(mamba).fullest_bytes() > 0
+    with pytest.raises(HfvramError, match="whose mixers are units of their own"):
+        formed(mamba, fsdp="full_shard")
 
 
 @pytest.mark.parametrize("case", SHARDED, ids=lambda c: c["id"])

@@ -75,8 +75,6 @@ def test_what_has_no_formula_is_said() -> None:
     decoder = {"architectures": ["BertLMHeadModel"], "is_decoder": True}
     with pytest.raises(HfvramError, match="BertLMHeadModel has no formula"):
         timeline(infer(config_of("bert") | decoder), request())
-    with pytest.raises(HfvramError, match="on several GPUs or offloaded has no formula"):
-        timeline(infer(config_of("bert")), request(gpus=2, fsdp="full_shard"))
     for options in ({"padding": True}, {"attention": "flash_attention_2"}):
         with pytest.raises(HfvramError, match="with --padding or --attention"):
             timeline(infer(config_of("bert")), request(**options))

@@ -26,7 +26,7 @@ from hfvram.memory.training.tape import FLOWING, SCRATCH, Tape
 from hfvram.memory.training.tensors import Tensor
 from hfvram.memory.weights import standing
 from hfvram.model.architecture import Architecture
-from hfvram.model.layers import Attention, Layer
+from hfvram.model.layers import Attention, Layer, Mamba1
 from hfvram.request import Request
 
 PADDING = Tag("padding mask", "inputs", "b·s·8", "the batch", "exact")
@@ -108,6 +108,9 @@ def refuse(architecture: Architecture, request: Request) -> None:
         raise unknown(architecture.class_name)
     if encodes:
         _refuse_encoder(architecture, request)
+    alone = [m for x in architecture.text.layers if x.feed_forward is None for m in x.mixers]
+    if request.fsdp and any(isinstance(m, Mamba1) for m in alone):
+        raise unknown(f"--fsdp of {architecture.class_name}, whose mixers are units of their own")
     quant = architecture.quantization if request.quant == "auto" else request.quant
     if quant not in (None, "none"):
         raise unknown(f"--quant {quant}")
@@ -121,8 +124,6 @@ def refuse(architecture: Architecture, request: Request) -> None:
 
 def _refuse_encoder(architecture: Architecture, request: Request) -> None:
     """Raises `usage` for what was not held against an encoder's own code."""
-    if (request.gpus or 1) > 1 or request.fsdp or request.zero or request.offload:
-        raise unknown(f"{architecture.class_name} on several GPUs or offloaded")
     if request.padding or request.attention not in ("sdpa", "eager"):
         raise unknown(f"{architecture.class_name} with --padding or --attention {request.attention}")
 
