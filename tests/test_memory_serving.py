@@ -142,23 +142,6 @@ def test_packed_words_and_scales_are_tensors_of_their_own() -> None:
     assert [n for n, _ in parts(Param("n", (512,), "norm"), "fp16", "gptq-4")] == [1_024]
 
 
-@pytest.mark.parametrize(
-    ("scaling", "rows"),
-    [
-        ({}, 4096),
-        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 2048}, 4096),
-        ({"rope_type": "linear", "factor": 8.0}, 32_768),
-        ({"type": "yarn", "factor": 40, "original_max_position_embeddings": 1024}, 40_960),
-        ({"type": "mrope", "mrope_section": [16, 24, 24]}, 16_384),
-        ({"type": "longrope", "original_max_position_embeddings": 1024}, 5120),
-    ],
-)
-def test_rotary_tables(scaling: dict[str, object], rows: int) -> None:
-    from hfvram.model.config import Config
-
-    assert rope.positions(Config(scaling), 4096) == rows
-
-
 def test_published_figures() -> None:
     spec = importlib.util.spec_from_file_location("published", ROOT / "scripts" / "published.py")
     assert spec is not None

@@ -123,7 +123,7 @@ def _items(found: Plan, needed: int) -> Iterator[Item]:
                 bytes=pool.pool_bytes if found.room_bytes is not None else needed,
                 formula=pool.formula if pool.units is None else f"{pool.units:,} {pool.name}, {pool.formula}",
                 source=f"{project}: v1/core/kv_cache_utils.py" if found.engine == "vllm" else f"{project}: mem_cache",
-                certainty="exact",
+                certainty="exact" if pool.units is None else "calibrated",
             )
         )
         if found.room_bytes is None:

@@ -1,9 +1,9 @@
 """What serving engines plan at start: weights as they lay them out, then a pool for the cache out of what is left.
 
 `specs.py`: the cache of one layer by kind. `layers.py`: which kind a layer has, on one rank of several. `groups.py`:
-how vLLM puts layers into groups of equal pages. `weights.py`: tensors as the engine fuses, pads and shards them.
-`activations.py`: what vLLM's profiling run takes. `vllm.py`, `sglang.py`: each engine's plan from `Options`
-(`options.py`), a `Plan` (`plan.py`).
+how vLLM puts layers into groups of equal pages. `fusing.py`: tensors as the engine fuses, pads and shards them;
+`weights.py`: all that stand on a rank. `activations.py`: what vLLM's profiling run takes. `vllm.py`, `sglang.py`: each
+engine's plan from `Options` (`options.py`), a `Plan` (`plan.py`).
 
 Modelled: vLLM 0.19.0 (V1), SGLang 0.5.23; files are named below `vllm/` and `sglang/srt/`.
 """
