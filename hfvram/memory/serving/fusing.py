@@ -139,4 +139,5 @@ def _share(p: Param, tp: int) -> Param:
 
 
 def is_weight(p: Param) -> bool:
+    """Whether it is a linear layer's matrix."""
     return p.kind in ("linear", "linear_subclass") and len(p.shape) == 2
