@@ -311,6 +311,10 @@ class MixtureOfExperts:
     """The chosen experts' weights are divided by their sum."""
     auxiliary: bool = False
     """While training, a loss that asks for balance is made of the router's logits (`output_router_logits`)."""
+    group_limited: bool = False
+    """Experts are chosen of the best groups only."""
+    groups: int = 1
+    groups_chosen: int = 1
     jitter: bool = False
     """While training, the input is multiplied by noise."""
     params: tuple[Param, ...]

@@ -13,6 +13,7 @@ from hfvram.memory.training.attention import attention
 from hfvram.memory.training.blocks import DROPPED, HIDDEN, normalize, unknown
 from hfvram.memory.training.feed_forward import feed_forward
 from hfvram.memory.training.kinds import kind_of
+from hfvram.memory.training.latent import latent_attention
 from hfvram.memory.training.mixture import mixture
 from hfvram.memory.training.routing import BALANCE, balance
 from hfvram.memory.training.state_space import mix, state_space
@@ -21,7 +22,16 @@ from hfvram.memory.training.surroundings import POSITIONS, Surroundings, angles,
 from hfvram.memory.training.tape import Tape
 from hfvram.memory.training.tensors import Tensor
 from hfvram.model.architecture import Architecture
-from hfvram.model.layers import Attention, Dropout, FeedForward, Layer, Mamba1, Mamba2, MixtureOfExperts
+from hfvram.model.layers import (
+    Attention,
+    Dropout,
+    FeedForward,
+    LatentAttention,
+    Layer,
+    Mamba1,
+    Mamba2,
+    MixtureOfExperts,
+)
 from hfvram.request import Request
 
 LOSS = "transformers 5.17: loss_utils.py ForCausalLMLoss"
@@ -116,7 +126,7 @@ def decode(
     if kind.embedding == "counted ones" and len(states.before) > 2:
         hidden = op.linear(t, hidden, states.before[2].tensor, None, EMBEDDED)
     around.held = around.ones = None
-    used = {m.window for layer, _ in layers for m in layer.mixers if isinstance(m, Attention)}
+    used = {getattr(m, "window", None) for layer, _ in layers for m in layer.mixers}
     around.masks = {window: mask for window, mask in around.masks.items() if window in used}
     if not kind.packs:  # checkpoints hold what layers are given
         around.positions = None
@@ -177,15 +187,18 @@ def run_layer(t: Tape, layer: Layer, blocks: Blocks, hidden: Tensor, around: Sur
     size = len(blocks.own) // (parts * (2 if layer.norm_position == "both" else 1))
     (mixer,), (leaves,) = layer.mixers, blocks.mixers
     feed = layer.feed_forward
-    if feed is None or not isinstance(mixer, Attention | Mamba1 | Mamba2):
+    if feed is None or not isinstance(mixer, Attention | LatentAttention | Mamba1 | Mamba2):
         raise unknown(f"a layer of {around.class_name}")
-    if not isinstance(mixer, Attention) and not isinstance(feed, FeedForward):
+    if not isinstance(mixer, Attention | LatentAttention) and not isinstance(feed, FeedForward):
         raise unknown(f"experts beside a state space in {around.class_name}")
     before, after = layer.norm_position != "post", layer.norm_position != "pre"
     residual = hidden
     if before:
         hidden = normalize(t, hidden, own.norm(size), layer.norm, code)
-    hidden, _weights = mix(t, mixer, Weights(leaves), hidden, around)
+    if isinstance(mixer, LatentAttention):
+        hidden, _weights = latent_attention(t, mixer, Weights(leaves), hidden, around)
+    else:
+        hidden, _weights = mix(t, mixer, Weights(leaves), hidden, around)
     if after:
         hidden = normalize(t, hidden, own.norm(size), layer.norm, code)
     hidden = _joined(t, residual, hidden, 0 if around.kind.drops_inside else p, around)

@@ -112,7 +112,7 @@ class Kind:
     """That norm has a bias and is one for all heads; else a LayerNorm is one for each."""
     drops_inside: bool = False
     """The attention itself drops what it returns."""
-    router: Literal["probabilities", "cast back", "chosen first"] | None = None
+    router: Literal["probabilities", "cast back", "chosen first", "greedy", "balanced"] | None = None
     """How experts are chosen: `routing.ROUTERS`."""
     shared: Literal["first", "weighted", "last"] = "first"
     """Shared experts run before the routed ones, weighted by a gate of their own (Qwen2) or not,
@@ -199,6 +199,9 @@ KINDS: Final[dict[str, Kind]] = {
     "olmoe": Kind(router="cast back", balance=True),
     "qwen2_moe": Kind(router="cast back", shared="weighted", masks="always both", balance=True),
     "qwen3_moe": Kind(router="cast back", balance=True),
+    "deepseek_v2": Kind(router="greedy", shared="last"),
+    "deepseek_v3": Kind(router="balanced", shared="last"),
+    "glm4_moe": Kind(router="balanced", shared="last", rotates="part", qk="all projected"),
     "granitemoe": Kind(scaled="after masks", multiplied=True, norms="middle", router="chosen first"),
 }
 

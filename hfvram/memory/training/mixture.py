@@ -41,17 +41,19 @@ def mixture(t: Tape, part: MixtureOfExperts, leaves: Sequence[Leaf], x: Tensor, 
     b, s, h = x.shape
     if part.jitter:
         x = selection.noisy(t, x, NOISE)
-    flat = op.reshape(t, x, b * s, h)
+    last = kind.shared == "last"
+    flat = x if last else op.reshape(t, x, b * s, h)
     beside = None
-    if part.shared_intermediate_size and kind.shared != "last":
+    if part.shared_intermediate_size and not last:
         beside = gated(t, part.activation, shared, flat)
     logits, weights, chosen = route(t, part, router, flat)
     if part.auxiliary and (not kind.balance or around.request.padding):
         raise unknown(f"output_router_logits of {around.class_name}")
     if part.auxiliary and t.redone is None:
         around.router_logits.append(logits)
+    flat = op.reshape(t, x, b * s, h) if last else flat
     out = experts(t, part, own, flat, weights, chosen)
-    if kind.shared == "last":
+    if last:
         out = op.reshape(t, out, b, s, h)
         return op.add(t, out, gated(t, part.activation, shared, x), DOWN) if part.shared_intermediate_size else out
     if beside is not None and kind.shared == "weighted":

@@ -18,6 +18,8 @@ TOP_K = "transformers 5.17: MixtralTopKRouter.forward"
 LOGITS = Tag("router, logits", "activations", "b·s·E·e", TOP_K)
 SCORES = Tag("router, probabilities", "activations", "b·s·E·4", TOP_K)
 CHOICE = Tag("router, chosen experts", "activations", "b·s·k·12", TOP_K)
+WIDE = Tag("router, tokens in fp32", "activations", "b·s·h·4", "transformers 5.17: DeepseekV3TopkRouter.forward")
+GROUPS = Tag("router, groups of experts", "activations", "b·s·E·4", "transformers 5.17: DeepseekV3TopkRouter.forward")
 BALANCE = Tag("router, loss of balance", "activations", "b·s·E·4", "transformers 5.17: load_balancing_loss_func")
 
 Routed = tuple[Tensor, Tensor, Tensor]
@@ -25,7 +27,7 @@ Routed = tuple[Tensor, Tensor, Tensor]
 
 def probabilities(t: Tape, part: MixtureOfExperts, w: Weights, x: Tensor) -> Routed:
     """A softmax over the logits in fp32; the chosen ones are divided by their sum (Mixtral)."""
-    logits = op.linear(t, op.reshape(t, x, *x.shape), w.take(), None, LOGITS)
+    logits = op.linear(t, op.reshape(t, x, -1, x.shape[-1]), w.take(), None, LOGITS)
     scores = op.softmax(t, op.to(t, logits, "fp32", SCORES), None, SCORES)
     weights, chosen = selection.top_k(t, scores, part.top_k, CHOICE)
     return logits, selection.divide_in_place(t, weights, _sum(t, weights), CHOICE), chosen
@@ -33,7 +35,7 @@ def probabilities(t: Tape, part: MixtureOfExperts, w: Weights, x: Tensor) -> Rou
 
 def cast_back(t: Tape, part: MixtureOfExperts, w: Weights, x: Tensor) -> Routed:
     """A softmax in fp32, of which the chosen ones are cast to the logits' dtype (OLMoE, Qwen)."""
-    logits = op.linear(t, op.reshape(t, x, *x.shape), w.take(), None, LOGITS)
+    logits = op.linear(t, op.reshape(t, x, -1, x.shape[-1]), w.take(), None, LOGITS)
     scores = op.softmax(t, logits, "fp32", SCORES)
     weights, chosen = selection.top_k(t, scores, part.top_k, CHOICE)
     if part.normalized:
@@ -46,6 +48,56 @@ def chosen_first(t: Tape, part: MixtureOfExperts, w: Weights, x: Tensor) -> Rout
     logits = op.to(t, op.linear(t, x, w.take(), None, LOGITS), "fp32", SCORES)
     top, chosen = selection.top_k(t, logits, part.top_k, CHOICE)
     return logits, op.to(t, op.softmax(t, top, None, CHOICE), x.dtype, CHOICE), chosen
+
+
+def greedy(t: Tape, part: MixtureOfExperts, w: Weights, x: Tensor) -> Routed:
+    """A softmax in fp32 of logits computed in fp32, of all experts or of the best groups' (DeepSeek-V2)."""
+    logits = _wide_logits(t, w, x)
+    scores = op.softmax(t, logits, "fp32", SCORES)
+    if part.group_limited:
+        best = selection.largest(t, op.reshape(t, scores, logits.shape[0], part.groups, -1), GROUPS)[0]
+        held = _in_groups(t, part, best)
+        scores = selection.masked(t, scores, _outside(t, part, held[-1]), SCORES)
+    weights, chosen = selection.top_k(t, scores, part.top_k, CHOICE)
+    return logits, op.scale(t, weights, CHOICE), chosen
+
+
+def balanced(t: Tape, part: MixtureOfExperts, w: Weights, x: Tensor) -> Routed:
+    """Sigmoids in fp32, chosen after a bias was added that needs no gradient, of the best groups' (DeepSeek-V3)."""
+    logits = _wide_logits(t, w, x)
+    scores = op.of_output(t, logits, SCORES)
+    biased = op.shift(t, scores, SCORES)
+    by_group = op.reshape(t, biased, logits.shape[0], part.groups, -1)
+    best = selection.total(t, selection.top_k(t, by_group, 2, GROUPS)[0], -1, tag=GROUPS)
+    del by_group
+    held = _in_groups(t, part, best)
+    biased = selection.masked(t, biased, _outside(t, part, held[-1]), SCORES)
+    chosen = selection.top_k(t, biased, part.top_k, CHOICE)[1]
+    weights = selection.gather(t, scores, chosen, CHOICE)
+    if part.normalized:
+        weights = selection.divide_in_place(t, weights, op.shift(t, _sum(t, weights), CHOICE), CHOICE)
+    return logits, op.scale(t, weights, CHOICE), chosen
+
+
+def _wide_logits(t: Tape, w: Weights, x: Tensor) -> Tensor:
+    x = op.reshape(t, x, -1, x.shape[-1])
+    return op.linear(t, op.to(t, x, "fp32", WIDE), op.to(t, w.take(), "fp32", WIDE), None, LOGITS)
+
+
+def _in_groups(t: Tape, part: MixtureOfExperts, best: Tensor) -> tuple[Tensor, ...]:
+    """The best groups, and masks of them and of their experts, which are held."""
+    n = best.shape[0]
+    chosen = selection.top_k(t, best, part.groups_chosen, GROUPS)[1]
+    groups = t.like(best, tag=GROUPS)
+    return chosen, groups, groups if part.groups == 1 else t.new((n, part.experts), best.dtype, None, GROUPS)
+
+
+def _outside(t: Tape, part: MixtureOfExperts, inside: Tensor) -> Tensor:
+    shape = (inside.shape[0], part.experts)
+    as_booleans = t.new(shape, "bool", None, GROUPS)
+    outside = t.new(shape, "bool", None, GROUPS)
+    del as_booleans
+    return outside
 
 
 def _sum(t: Tape, x: Tensor) -> Tensor:
@@ -75,4 +127,6 @@ ROUTERS: Final[dict[str, Callable[[Tape, MixtureOfExperts, Weights, Tensor], Rou
     "probabilities": probabilities,
     "cast back": cast_back,
     "chosen first": chosen_first,
+    "greedy": greedy,
+    "balanced": balanced,
 }

@@ -4,12 +4,13 @@ Source: PyTorch 2.11, tools/autograd/derivatives.yaml, torch/csrc/autograd/Funct
 `value_selecting_reduction_backward`, `div_tensor_other_grad`), aten/src/ATen/native/cuda/GroupedBlas.cpp.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 from hfvram.memory.timeline import Tag
 from hfvram.memory.training.operators import Found, Grads, attach, first
 from hfvram.memory.training.tape import Saved, Tape
-from hfvram.memory.training.tensors import ITEM_BYTES, Shape, Tensor
+from hfvram.memory.training.tensors import ITEM_BYTES, Shape, Tensor, is_contiguous
 
 
 def top_k(t: Tape, x: Tensor, k: int, tag: Tag | None = None) -> tuple[Tensor, Tensor]:
@@ -127,6 +128,53 @@ def _noised(t: Tape, saved: Saved, grads: Grads) -> Found:
     (noise,) = saved
     assert noise is not None
     return (t.elementwise(first(grads), noise),)
+
+
+def every_second(t: Tape, x: Tensor) -> Tensor:
+    """Half of the last dimension, every other element; its gradient is as large as the whole."""
+    node = t.record(partial(_widened, x.shape), (x,))
+    return attach(x.as_((*x.shape[:-1], x.shape[-1] // 2), (*x.strides[:-1], 2 * x.strides[-1])), node)
+
+
+def _widened(shape: Shape, t: Tape, saved: Saved, grads: Grads) -> Found:
+    return (t.new(shape, first(grads).dtype),)
+
+
+def turned(t: Tape, x: Tensor, angles: Tensor, tag: Tag | None = None) -> Tensor:
+    """Pairs that are complex numbers, times others that need no gradient."""
+    node = t.record(_conjugated, (x,), angles)
+    out = attach(t.elementwise(x, angles, tag=tag), node)
+    return attach(out.as_(out.shape, out.strides), t.record(_as_complex, (out,)))
+
+
+def _conjugated(t: Tape, saved: Saved, grads: Grads) -> Found:
+    (angles,) = saved
+    assert angles is not None
+    return (t.elementwise(first(grads), t.like(angles)),)
+
+
+def _as_complex(t: Tape, saved: Saved, grads: Grads) -> Found:
+    grad = first(grads)
+    return (grad if is_contiguous(grad.shape, grad.strides) else t.new(grad.shape, grad.dtype),)
+
+
+def filled(t: Tape, shape: Shape, parts: Sequence[Tensor], tag: Tag | None = None) -> Tensor:
+    """A new tensor into which parts are copied along the last dimension."""
+    out = t.new(shape, parts[0].dtype, None, tag)
+    for part in parts:
+        node = t.record(partial(_copied, shape, part.shape[-1], out.node is not None), (out, part))
+        out = attach(out.alias(), node)
+    return out
+
+
+def _copied(shape: Shape, width: int, before: bool, t: Tape, saved: Saved, grads: Grads) -> Found:
+    """The whole gradient is copied, its slice again; what stood there before has zeros."""
+    grad = first(grads)
+    whole = t.new(shape, grad.dtype)
+    part = t.new((*shape[:-1], width), grad.dtype)
+    if before:
+        t.new(part.shape, part.dtype)
+    return whole, part
 
 
 def divide(t: Tape, x: Tensor, by: Tensor, tag: Tag | None = None) -> Tensor:

@@ -1,6 +1,8 @@
 """What a model makes once for all of its layers: positions' angles and masks. None of it needs a gradient."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Final
 
 from hfvram.memory.timeline import Tag
@@ -8,7 +10,7 @@ from hfvram.memory.training.blocks import unknown
 from hfvram.memory.training.kinds import Kind
 from hfvram.memory.training.tape import Tape
 from hfvram.memory.training.tensors import Tensor
-from hfvram.model.layers import Attention, Dropout, Layer
+from hfvram.model.layers import Attention, Dropout, LatentAttention, Layer, Mixer, Rotary
 from hfvram.request import Request
 
 ROPE = "transformers 5.17: LlamaRotaryEmbedding.forward"
@@ -70,6 +72,29 @@ class Surroundings:
         return (asked if asked in part.implementations else part.implementations[0]) == "eager"
 
 
+@lru_cache(maxsize=64)
+def expanded(part: LatentAttention) -> Attention:
+    """The attention that its expanded heads make."""
+    return Attention(
+        hidden_size=part.hidden_size,
+        heads=part.heads,
+        kv_heads=part.heads,
+        head_dim=part.head_dim,
+        value_dim=part.v_head_dim,
+        rotary=Rotary(dim=part.qk_rope_head_dim, style=part.rotary_style),
+        implementations=part.implementations,
+        params=(),
+    )
+
+
+def _softmaxes(mixers: Iterable[Mixer]) -> list[Attention]:
+    return [
+        expanded(m) if isinstance(m, LatentAttention) else m
+        for m in mixers
+        if isinstance(m, Attention | LatentAttention)
+    ]
+
+
 def surround(t: Tape, layers: list[Layer], found: Surroundings, ids: Tensor, dtype: str) -> None:
     """Make what the layers need, in the order of the model's code."""
     masks(t, layers, found, ids, dtype)
@@ -81,7 +106,7 @@ def surround(t: Tape, layers: list[Layer], found: Surroundings, ids: Tensor, dty
 def masks(t: Tape, layers: list[Layer], found: Surroundings, ids: Tensor, dtype: str) -> None:
     """Positions and masks."""
     mixers = {id(m): m for x in layers for m in x.mixers}.values()
-    parts = [m for m in mixers if isinstance(m, Attention)]
+    parts = _softmaxes(mixers)
     b, s = ids.shape
     if found.positions is None and found.kind.counts and not found.kind.masks_first:
         positions(t, found, ids)
@@ -109,11 +134,14 @@ def masks(t: Tape, layers: list[Layer], found: Surroundings, ids: Tensor, dtype:
 def angles(t: Tape, layers: list[Layer], found: Surroundings, ids: Tensor, dtype: str) -> None:
     """Of all layers' rotary positions."""
     b, s = ids.shape
-    parts = [m for x in layers for m in x.mixers if isinstance(m, Attention)]
+    parts = _softmaxes(m for x in layers for m in x.mixers)
     by_type = found.kind.angles == "by layer type"
     for key in sorted({(m.rotary.dim, m.kind if by_type else "") for m in parts if m.rotary}):
         if found.kind.angles.startswith("in three"):
             found.rotary[key] = _angles_in_three(t, b, s, key[0], dtype, woven=found.kind.angles.endswith("woven"))
+            continue
+        if any(m.rotary and m.rotary.style == "complex" for m in parts):
+            found.rotary[key] = _complex_angles(t, s, key[0])
             continue
         found.rotary[key] = _angles(t, s, key[0], "fp32" if found.kind.rotates in WIDE else dtype)
 
@@ -283,3 +311,19 @@ def _together(t: Tape, b: int, s: int, dim: int, woven: bool) -> Tensor:
     both = t.new((b, s, dim), "fp32", None, ANGLES)
     del half
     return both
+
+
+def _complex_angles(t: Tape, s: int, dim: int) -> tuple[Tensor, Tensor]:
+    """As complex numbers, written as pairs: `DeepseekV2RotaryEmbedding.forward`."""
+    grad, t.grad = t.grad, False
+    positions = t.new((1, 1, s), "fp32", None, ANGLES)
+    t.multiplies()
+    products = t.new((1, dim // 2, s), "fp32", None, ANGLES)
+    ones = t.new((1, s, dim // 2), "fp32", None, ANGLES)
+    turned = t.new((1, s, dim // 2, 2), "fp32", None, ANGLES)
+    del ones
+    scaled = t.new((1, s, dim // 2, 2), "fp32", None, ANGLES)
+    del positions, products, turned
+    t.grad = grad
+    found = scaled.as_((1, 1, s, dim // 2, 2), (s * dim, s * dim, 2, 2 * s, 1))
+    return found, found

@@ -82,12 +82,14 @@ class _Enough(Exception):
 class Frame:
     """A checkpointed stretch: what runs it again, how many tensors it would have saved, and what was recomputed."""
 
-    __slots__ = ("autocast", "count", "run", "saved")
+    __slots__ = ("autocast", "count", "holders", "run", "saved")
 
     def __init__(self, run: Callable[[], Any], autocast: str | None) -> None:
         self.run = run
         self.autocast = autocast
         self.count = 0
+        self.holders: list[ref[Node]] = []
+        """Whose each saved tensor is: of nodes that are gone nothing is kept."""
         self.saved: list[Any] | None = None
 
 
@@ -186,7 +188,7 @@ class Tape:
             assert found is not None
             for x in saved:
                 if x is not None:
-                    found.append(x.alias())
+                    found.append(None if frame.holders[len(found)]() is None else x.alias())
                     if len(found) == frame.count:
                         raise _Enough
         elif self.frame is not None:
@@ -196,6 +198,7 @@ class Tape:
                 if x is not None:
                     place, node.frame = frame.count, frame
                     frame.count += 1
+                    frame.holders.append(ref(node))
                 node.saved = (*node.saved, place)
         else:
             node.saved = (*node.saved, *[None if x is None else x.alias() for x in saved])
