@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from test_memory_training_train import GROUPED, formed, live, sequence
+from test_memory_training_train import GROUPED, SMALL, formed, live, sequence
 
 from hfvram.errors import HfvramError
 
@@ -12,6 +12,11 @@ SPARSE = GROUPED | {"num_experts": 8, "num_experts_per_tok": 4}
 THIN = SPARSE | {"moe_intermediate_size": 48, "head_dim": 16}
 QWEN2 = SPARSE | {"model_type": "qwen2_moe", "moe_intermediate_size": 48, "shared_expert_intermediate_size": 80}
 GRANITE = GROUPED | {"model_type": "granitemoe", "num_local_experts": 8, "num_experts_per_tok": 4}
+LATENT = SMALL | {"moe_intermediate_size": 48, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 2}
+LATENT |= {"kv_lora_rank": 32, "q_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+LATENT |= {"first_k_dense_replace": 1, "n_group": 2, "topk_group": 1, "num_key_value_heads": 4}
+GLM = GROUPED | {"model_type": "glm4_moe", "n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1}
+GLM |= {"moe_intermediate_size": 48, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "head_dim": 16}
 MODELS: dict[str, dict[str, Any]] = {
     "mixtral": MIXTRAL,
     "mixtral, a loss of balance": MIXTRAL | {"output_router_logits": True},
@@ -22,6 +27,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2_moe, a window": QWEN2 | {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
     "qwen3_moe": THIN | {"model_type": "qwen3_moe", "norm_topk_prob": True},
     "granitemoe": GRANITE | {"tie_word_embeddings": True},
+    "deepseek_v2": LATENT | {"model_type": "deepseek_v2", "q_lora_rank": None},
+    "deepseek_v2, groups": LATENT | {"model_type": "deepseek_v2", "topk_method": "group_limited_greedy"},
+    "deepseek_v3": LATENT | {"model_type": "deepseek_v3"},
+    "deepseek_v3, halves": LATENT | {"model_type": "deepseek_v3", "rope_interleave": False, "norm_topk_prob": False},
+    "glm4_moe": GLM | {"partial_rotary_factor": 0.5},
+    "glm4_moe, normed queries": GLM | {"use_qk_norm": True, "attention_bias": True},
 }
 OPTIONS: list[dict[str, Any]] = [
     {"batch": 2},

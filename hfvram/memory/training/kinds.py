@@ -201,6 +201,7 @@ KINDS: Final[dict[str, Kind]] = {
     "qwen3_moe": Kind(router="cast back", balance=True),
     "deepseek_v2": Kind(router="greedy", shared="last"),
     "deepseek_v3": Kind(router="balanced", shared="last"),
+    "glm4_moe_lite": Kind(router="balanced", shared="last"),
     "glm4_moe": Kind(router="balanced", shared="last", rotates="part", qk="all projected"),
     "granitemoe": Kind(scaled="after masks", multiplied=True, norms="middle", router="chosen first"),
 }

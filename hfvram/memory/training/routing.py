@@ -11,7 +11,7 @@ from hfvram.memory.training import operators as op
 from hfvram.memory.training import selection
 from hfvram.memory.training.states import Weights
 from hfvram.memory.training.tape import Tape
-from hfvram.memory.training.tensors import Tensor
+from hfvram.memory.training.tensors import Storage, Tensor
 from hfvram.model.layers import MixtureOfExperts
 
 TOP_K = "transformers 5.17: MixtralTopKRouter.forward"
@@ -66,7 +66,8 @@ def balanced(t: Tape, part: MixtureOfExperts, w: Weights, x: Tensor) -> Routed:
     """Sigmoids in fp32, chosen after a bias was added that needs no gradient, of the best groups' (DeepSeek-V3)."""
     logits = _wide_logits(t, w, x)
     scores = op.of_output(t, logits, SCORES)
-    biased = op.shift(t, scores, SCORES)
+    bias = Tensor(Storage(), (part.experts,), (1,), "fp32")
+    biased = op.mask(t, scores, bias, SCORES)
     by_group = op.reshape(t, biased, logits.shape[0], part.groups, -1)
     best = selection.total(t, selection.top_k(t, by_group, 2, GROUPS)[0], -1, tag=GROUPS)
     del by_group
@@ -75,7 +76,8 @@ def balanced(t: Tape, part: MixtureOfExperts, w: Weights, x: Tensor) -> Routed:
     chosen = selection.top_k(t, biased, part.top_k, CHOICE)[1]
     weights = selection.gather(t, scores, chosen, CHOICE)
     if part.normalized:
-        weights = selection.divide_in_place(t, weights, op.shift(t, _sum(t, weights), CHOICE), CHOICE)
+        denominator = op.shift(t, _sum(t, weights), CHOICE)
+        weights = selection.divide_in_place(t, weights, denominator, CHOICE)
     return logits, op.scale(t, weights, CHOICE), chosen
 
 
