@@ -162,19 +162,20 @@ def filled(t: Tape, shape: Shape, parts: Sequence[Tensor], tag: Tag | None = Non
     """A new tensor into which parts are copied along the last dimension."""
     out = t.new(shape, parts[0].dtype, None, tag)
     for part in parts:
-        node = t.record(partial(_copied, shape, part.shape[-1], out.node is not None), (out, part))
+        node = t.record(partial(_copied, shape, part.shape[-1], part.dtype, out.node is not None), (out, part))
         out = attach(out.alias(), node)
     return out
 
 
-def _copied(shape: Shape, width: int, before: bool, t: Tape, saved: Saved, grads: Grads) -> Found:
+def _copied(shape: Shape, width: int, dtype: str, before: bool, t: Tape, saved: Saved, grads: Grads) -> Found:
     """The whole gradient is copied, its slice again; what stood there before has zeros."""
     grad = first(grads)
     whole = t.new(shape, grad.dtype)
     part = t.new((*shape[:-1], width), grad.dtype)
-    if before:
-        t.new(part.shape, part.dtype)
-    return whole, part
+    zeros = t.new(part.shape, part.dtype) if before else None
+    found = part if part.dtype == dtype else t.like(part, dtype)
+    del zeros
+    return whole, found
 
 
 def divide(t: Tape, x: Tensor, by: Tensor, tag: Tag | None = None) -> Tensor:

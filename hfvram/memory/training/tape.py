@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Any, Final
+from weakref import ref
 
 from hfvram.memory.cuda_kernels import CUBLAS, CUBLASLT, CUBLASLT_BYTES
 from hfvram.memory.generation import HOPPER, Generation
