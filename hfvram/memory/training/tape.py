@@ -46,7 +46,7 @@ class Node:
     """One operator's backward. `edges` are (node, which of its outputs, shape, dtype) for each input, None where no
     gradient is wanted; `saved` are tensors or, with a `frame`, their places in what a checkpoint computes again."""
 
-    __slots__ = ("before", "edges", "frame", "gradient", "outputs", "saved", "segment", "sequence")
+    __slots__ = ("__weakref__", "before", "edges", "frame", "gradient", "outputs", "saved", "segment", "sequence")
 
     def __init__(self, gradient: Gradient | None, edges: tuple[Any, ...], sequence: int, segment: int | None) -> None:
         self.gradient = gradient
