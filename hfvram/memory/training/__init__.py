@@ -6,7 +6,7 @@
   PyTorch's engine does; `checkpoint` runs a stretch that is computed again.
 - `operators`, `scaled_dot_product`: PyTorch's operators, each with its gradient.
 - `blocks`, `rotary`, `attention`, `feed_forward`, `decoder`: layers and models, in the words of their code. `mixture`,
-  `routing`: mixtures of experts, over the operators of `selection`.
+  `routing`: mixtures of experts, over the operators of `selection`; `latent`: latent attention.
 - `bert`, `encoder`: encoders' layers and embeddings, and their pass up to a masked language model's loss.
 - `state_space`: layers with a state; `selective_scan` and `chunk_scan`, the fused kernels of Mamba and Mamba-2.
 - `states`, `step`: parameters as leaves, clipping, optimizers. `stretch`: repeated layers are written five times.

@@ -190,6 +190,7 @@ class Tape:
             for x in saved:
                 if x is not None:
                     found.append(None if frame.holders[len(found)]() is None else x.alias())
+                    node.saved = (*node.saved, x.alias())
                     if len(found) == frame.count:
                         raise _Enough
         elif self.frame is not None:
