@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small import LLAMA
 
 from hfvram.answer.estimate import Estimate
 from hfvram.answer.question import Session
 from hfvram.errors import HfvramError
 from hfvram.request import Request
 from hfvram.units import GiB
-from tests.small import LLAMA
 
 LLAMA_8B = "meta-llama/Llama-3.1-8B-Instruct"
 SESSION = Session()

@@ -9,7 +9,9 @@ import pytest
 from estimates import mamba, mixtral, roomy, too_much
 
 from hfvram.answer.estimate import Estimate, LiveTensor, Offloaded
+from hfvram.answer.question import Session
 from hfvram.errors import HfvramError
+from hfvram.request import Request
 from hfvram.show.csv import csv
 from hfvram.show.explain import explain
 from hfvram.show.json import dumps
@@ -140,3 +142,13 @@ def test_names_from_a_configuration_cannot_steer_the_terminal() -> None:
 def test_folded_items_still_add_up() -> None:
     assert "smaller" in text(mamba(), 80)
     assert sum(i.bytes for i in mamba().items) == mamba().peak_allocated_bytes
+
+
+def test_a_serving_engines_pool_is_told_in_text_and_markdown() -> None:
+    asked = Request(engine="vllm", gpu="H100", ctx=8192)
+    e = Session().estimate("meta-llama/Llama-3.1-8B-Instruct", asked, offline=True)
+    for shown in (text(e, 100), markdown(e)):
+        assert "131,072 B" in shown
+        assert "tokens as the engine prints it" in shown
+        assert "requests of 8,192 tokens at once" in shown
+    assert "fits H100 SXM 80GB: the requests take 1.0 GiB of a pool of " in text(e, 100)

@@ -137,7 +137,7 @@ def _items(found: Plan, needed: int) -> Iterator[Item]:
             source=f"{project}: v1/worker/gpu_model_runner.py"
             if found.engine == "vllm"
             else f"{project}: model_runner",
-            certainty="calibrated",
+            certainty="calibrated" if found.engine == "vllm" else "guess",
         )
     )
     yield from sorted(made, key=lambda item: -item.bytes)

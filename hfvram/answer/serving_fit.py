@@ -86,7 +86,12 @@ def ways(model: Model, request: Request, gpu: Gpu, longest: int | None) -> tuple
     for count in (1, 2):
         for parts in combinations(range(len(singles)), count):
             wider = [i for i in parts if "tp" in singles[i]]
-            if enough.intersection(parts) or len(wider) > 1 or (wider and any("tp" in singles[i] for i in enough)):
+            widths = [singles[i]["tp"] for i in enough if "tp" in singles[i]]
+            if (
+                enough.intersection(parts)
+                or len(wider) > 1
+                or (wider and singles[wider[0]]["tp"] >= min(widths, default=99))
+            ):
                 continue
             changed = request.with_(**{k: v for i in parts for k, v in singles[i].items()})
             try:
