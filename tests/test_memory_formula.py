@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from hfvram.memory.allocator import replay
-from hfvram.memory.formula import mask_bytes
+from hfvram.memory.formula import mask_bytes, timeline
 from hfvram.model.infer import infer
 from hfvram.request import Request
 
@@ -64,3 +64,16 @@ def test_against_the_models_own_code_in_training(kv_heads: int) -> None:
     )
     most = mask_bytes(infer(config), request(mode="train"))
     assert 0.8 * most < padded - without <= most
+
+
+@pytest.mark.slow
+def test_without_a_cache_every_step_copies_the_experts_of_all_tokens() -> None:
+    """generate() switches to a batched matmul after its prefill, cache or not (Mixtral-8x22B's `use_cache: false`)."""
+    pytest.importorskip("transformers")
+    from hfvram.memory.exact.simulate import simulate
+
+    mixtral = LLAMA | {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "use_cache": False}
+    asked = request(ctx=64, new_tokens=8, phase="generate", kv_dtype="bf16")
+    exact = replay(simulate(mixtral, None, asked.with_(method="simulate")))
+    formed = replay(timeline(infer(mixtral), asked))
+    assert formed.allocated_bytes == pytest.approx(exact.allocated_bytes, rel=0.01)

@@ -73,7 +73,7 @@ def mixture(t: Timeline, f: Forward, part: MixtureOfExperts) -> int:
     """
     if part.every_token:
         return _every_token(t, f, part)
-    if f.past and part.fused and f.resident_experts is None:
+    if f.decoding and part.fused and f.resident_experts is None:
         return _gathered(t, f, part)
     chosen = f.rows * part.top_k
     e = f.element_bytes

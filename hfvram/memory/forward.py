@@ -30,6 +30,8 @@ class Forward:
     """Experts of each layer that stay on the GPU where the others are in CPU memory; None where all are there."""
     layers_away: bool = False
     """Layers are in CPU memory, and come for as long as they run."""
+    decoding: bool = False
+    """A step of generate() after its prefill."""
     use_cache: bool = True
     source: int = 0
     """Tokens of the encoder's output, which cross attention reads."""

@@ -39,12 +39,12 @@ def generate(t: Timeline, architecture: Architecture, f: Forward, new_tokens: in
     f = replace(f, use_cache=architecture.generates_cache)
     caches = prefill(t, architecture, f)
     if not f.use_cache:
-        forward(t, architecture, replace(f, tokens=prompt + steps), caches)
+        forward(t, architecture, replace(f, tokens=prompt + steps, decoding=steps > 0), caches)
         return
     t.mark("decode")
     first = len(t.sizes)
     for step in sorted(step for step in {1, steps} if 1 <= step <= steps):
-        forward(t, architecture, replace(f, tokens=1, past=prompt + step - 1), caches)
+        forward(t, architecture, replace(f, tokens=1, past=prompt + step - 1, decoding=True), caches)
     if f.static_length and f.quant not in ("nf4", "fp4", "int8"):  # compiled: CUDA graphs have a pool of their own
         t.streams.update(dict.fromkeys(range(first, len(t.sizes)), GRAPHS))
     _count_cache(t, caches)
