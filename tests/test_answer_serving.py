@@ -79,6 +79,12 @@ def test_requests_of_different_lengths_take_whole_blocks() -> None:
     e = ask(LLAMA_8B, requests="2x17,1x16")
     assert e.cache_bytes == (2 * 32 + 16) * 131_072
     assert e.request.ctx == 17
+    assert e.serving is not None
+    assert e.serving.waste_bytes == 2 * 15 * 131_072
+    sglang = ask(LLAMA_8B, engine="sglang", requests="2x17,1x16")
+    assert sglang.cache_bytes == (2 * 17 + 16) * 131_072
+    assert sglang.serving is not None
+    assert sglang.serving.waste_bytes == 0
     assert "tokens" in refusal(requests="2x17", ctx=16)
 
 

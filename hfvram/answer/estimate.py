@@ -159,6 +159,8 @@ class Serving:
     kv_pool_bytes: int | None
     kv_tokens: int | None
     max_concurrency: float | None
+    waste_bytes: int
+    """Of `cache_bytes`: the rest of blocks in which there is no token."""
     blocks: int | None
     block_bytes: int
     sliding_bytes: int

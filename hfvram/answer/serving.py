@@ -72,6 +72,7 @@ def serving(found: Plan, request: Request) -> Serving:
         kv_pool_bytes=found.pool_bytes,
         kv_tokens=found.tokens,
         max_concurrency=None if concurrency is None else round(concurrency, 2),
+        waste_bytes=found.waste_bytes(asked_for(request)),
         blocks=first.units if first else None,
         block_bytes=first.unit_bytes if first else 0,
         sliding_bytes=next((p.unit_bytes for p in found.pools if p.name == "sliding tokens"), 0),

@@ -167,6 +167,8 @@ def pool(s: Serving, ctx: int) -> list[tuple[str, str, str]]:
     if s.state_bytes:
         slots = "" if s.state_slots is None else f"{s.state_slots:,} of them in the pool"
         rows.append(("state a request", size(s.state_bytes), slots))
+    if s.waste_bytes:
+        rows.append(("unused in blocks", size(s.waste_bytes), "of the cache: the last block of each request"))
     if s.kv_pool_bytes is not None:
         tokens = "" if s.kv_tokens is None else f"{s.kv_tokens:,} tokens as the engine prints it"
         rows.append(("pool", size(s.kv_pool_bytes), tokens))

@@ -58,6 +58,11 @@ class Groups:
         """Blocks that a request of `tokens` needs in all groups."""
         return sum(g.cache.blocks(tokens, step) for g in self.groups)
 
+    def waste(self, tokens: int, step: int) -> float:
+        """The part of these blocks in which there is no token, in blocks."""
+        caches = (g.cache for g in self.groups)
+        return sum(c.blocks(tokens, step) - c.kept(tokens, step) / c.block for c in caches)
+
 
 def grouped(caches: Sequence[tuple[int, Cache]]) -> Groups:
     """The groups of these (layer, cache) pairs. Raises `usage` where vLLM can't make their pages equal.

@@ -22,6 +22,8 @@ class Pool:
     formula: str
     spare: int = 0
     """Units that are allocated beside those that requests get."""
+    wastes: Callable[[int], float] = lambda tokens: 0.0
+    """Units of a request in which there is nothing: the last block's rest."""
 
     @property
     def pool_bytes(self) -> int:
@@ -66,6 +68,10 @@ class Plan:
     def cache_bytes(self, requests: Requests) -> int:
         """What these requests take of the pools."""
         return sum(p.needed(requests) * p.unit_bytes for p in self.pools)
+
+    def waste_bytes(self, requests: Requests) -> int:
+        """How much of that holds no token."""
+        return sum(round(count * p.wastes(tokens) * p.unit_bytes) for p in self.pools for count, tokens in requests)
 
     def holds(self, requests: Requests) -> bool:
         return (self.room_bytes is None or self.room_bytes >= 0) and all(p.holds(requests) for p in self.pools)

@@ -1,7 +1,8 @@
 """The cache of one layer, on one rank: each kind is a frozen dataclass with the bytes of its page.
 
 `page_bytes` are those of one block of `block` tokens; `blocks(tokens, step)` is how many a request of `tokens` holds at
-most where `step` new tokens are computed at a time. Source: vLLM 0.19.0, v1/kv_cache_interface.py.
+most where `step` new tokens are computed at a time, `kept(tokens, step)` how many tokens are in them. Source: vLLM
+0.19.0, v1/kv_cache_interface.py.
 """
 
 from dataclasses import dataclass, replace
@@ -28,6 +29,9 @@ class FullCache:
     def page_bytes(self) -> int:
         return self.block * self.kv_heads * (self.head_dim + self.value_dim) * self.element_bytes
 
+    def kept(self, tokens: int, step: int) -> int:
+        return tokens
+
     def blocks(self, tokens: int, step: int) -> int:
         return -(-tokens // self.block)
 
@@ -51,8 +55,11 @@ class WindowCache:
     def page_bytes(self) -> int:
         return self.block * self.kv_heads * (self.head_dim + self.value_dim) * self.element_bytes
 
+    def kept(self, tokens: int, step: int) -> int:
+        return min(self.window - 1 + step, tokens)
+
     def blocks(self, tokens: int, step: int) -> int:
-        return -(-min(self.window - 1 + step, tokens) // self.block) + 1
+        return -(-self.kept(tokens, step) // self.block) + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +77,11 @@ class ChunkCache:
     def page_bytes(self) -> int:
         return self.block * self.kv_heads * (self.head_dim + self.value_dim) * self.element_bytes
 
+    def kept(self, tokens: int, step: int) -> int:
+        return min(self.chunk + step, tokens)
+
     def blocks(self, tokens: int, step: int) -> int:
-        return -(-min(self.chunk + step, tokens) // self.block)
+        return -(-self.kept(tokens, step) // self.block)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +98,9 @@ class LatentCache:
     @property
     def page_bytes(self) -> int:
         return self.block * self.bytes_a_token
+
+    def kept(self, tokens: int, step: int) -> int:
+        return tokens
 
     def blocks(self, tokens: int, step: int) -> int:
         return -(-tokens // self.block)
@@ -113,6 +126,9 @@ class StateCache:
     @property
     def page_bytes(self) -> int:
         return self.padded_bytes or self.own_bytes
+
+    def kept(self, tokens: int, step: int) -> int:
+        return self.block
 
     def blocks(self, tokens: int, step: int) -> int:
         return 1

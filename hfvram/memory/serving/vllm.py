@@ -102,7 +102,14 @@ def _stage(
     count, step = len(groups.groups), profile.tokens
     units = None if room is None else max(0, room) // row if row else 0
     slots = f"{row:,} B a block of {groups.block:,} tokens" if count else ""
-    pool = Pool("blocks", row, units, lambda tokens: groups.blocks(tokens, step), slots)
+    pool = Pool(
+        name="blocks",
+        unit_bytes=row,
+        units=units,
+        needs=lambda tokens: groups.blocks(tokens, step),
+        formula=slots,
+        wastes=lambda tokens: groups.waste(tokens, step),
+    )
     return Plan(
         engine="vllm",
         standing=weights,
