@@ -189,7 +189,7 @@ def test_what_is_not_supported_is_a_usage_error(name: str, value: Any, capsys: p
 
 
 def test_the_list_of_what_is_not_supported_is_not_empty() -> None:
-    assert {"vllm", "sglang", "llama.cpp", "paged", "fp8"} <= {str(v) for _, v in unsupported()}
+    assert {"llama.cpp", "paged", "fp8"} <= {str(v) for _, v in unsupported()}
 
 
 # --- every model of the catalogue
