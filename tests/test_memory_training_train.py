@@ -95,7 +95,7 @@ def test_gradients_and_states_in_raw_sizes() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"mode": "lora"}, {"mode": "qlora"}, {"padding": True, "attention": "flash_attention_2"}],
+    [{"padding": True, "attention": "flash_attention_2"}],
     ids=str,
 )
 def test_no_formula_is_said(options: dict[str, Any]) -> None:

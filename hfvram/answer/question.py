@@ -55,7 +55,8 @@ class Session:
         request, notes = serving_options.from_line(request)
         without = False
         if request.method == "auto" and simulated_by_default(request):
-            without = request.mode == "train" and not (find_spec("torch") and find_spec("transformers"))
+            needed = ("torch", "transformers", *(("peft",) if request.mode in ("lora", "qlora") else ()))
+            without = request.mode != "inference" and not all(map(find_spec, needed))
             request = request.with_(method="formula" if without else "simulate")
         serving_options.check(request)
         if request.engine not in serving_options.ENGINES:

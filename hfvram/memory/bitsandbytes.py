@@ -9,6 +9,9 @@ ON_LOADING: Final = ("nf4", "fp4", "int8")
 """Quantizations that are made while a model is loaded; all others are the checkpoint's own."""
 BLOCK, NESTED_BLOCK = 64, 256
 """4-bit weights to a scale, and scales to a scale of theirs where they are quantized, too."""
+FEW_ROWS: Final = 32
+"""Rows that are multiplied by the packed weights themselves: up to 512 it depends on the layer's sizes, that many
+always (`_gemm_4bit_use_custom_cuda`)."""
 STATE_BLOCK: Final = 256
 """Values of a state in 8 bits to a scale."""
 SMALL_STATE: Final = 4096

@@ -1,7 +1,7 @@
 """Weights and buffers as they stand on the GPU, in the order in which the model is built."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 
@@ -83,6 +83,19 @@ def sharded(param: Param, ranks: int, flat: bool = False) -> Param:
         return param
     rows = (-(-param.numel // ranks),) if flat else (-(-param.shape[0] // ranks), *param.shape[1:])
     return replace(param, shape=rows)
+
+
+def quantized(architecture: Architecture, quant: str) -> Callable[[Param], bool]:
+    """Which parameters bitsandbytes packs: linear layers, but what the checkpoint or the class leaves alone."""
+    skipped = architecture.unquantized if quant == architecture.quantization else ()
+    left_alone, kept_wide = chosen(skipped), chosen(architecture.fp32_in_fp16)
+
+    def packs(param: Param) -> bool:
+        if quant == "none" or param.kind not in LINEAR:
+            return False
+        return not (skipped and left_alone(param.name)) and not (architecture.fp32_in_fp16 and kept_wide(param.name))
+
+    return packs
 
 
 @lru_cache(maxsize=1024)

@@ -89,6 +89,33 @@ def _lora(architecture: Architecture, adapter: Adapter) -> Iterator[Param]:
         )
 
 
+def targeted(architecture: Architecture, asked: str | tuple[str, ...]) -> Callable[[Param], bool]:
+    """Which weights are of layers that PEFT means by `all-linear`, names, or a regular expression. Raises `usage`."""
+    if isinstance(asked, str) and re.fullmatch(r"[\w-]+", asked) and asked != "all-linear":
+        asked = (asked,)
+    names = asked if isinstance(asked, str) else list(asked)
+    if isinstance(names, str) and names != "all-linear" and expression(names) is None:
+        raise HfvramError("usage", f"--lora-targets {printable(names, 60)} is no regular expression that is understood")
+    wanted = _targets(Config({"target_modules": names}), architecture)
+    holders = {p.name.rpartition(".")[0].rpartition(".")[0] for p in architecture.all_params}
+    inner = next((h for h in sorted(holders) if asked != "all-linear" and h and wanted(Param(h, ()), h)), None)
+    if inner:
+        raise HfvramError("usage", f"--lora-targets: {inner} is no layer, but holds some: name those")
+
+    def means(param: Param) -> bool:
+        module = module_of(param)
+        if module == param.name or len(param.shape) != 2 or param.kind not in TARGETS:
+            return False
+        return wanted(param, module)
+
+    return means
+
+
+def module_of(param: Param) -> str:
+    """The path of the module whose weight it is."""
+    return param.name.removesuffix(".weight")
+
+
 class _Ranks:
     """`rank_pattern`: the rank of modules by name, ending of a name, or regular expression for one."""
 

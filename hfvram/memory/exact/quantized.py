@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hfvram.errors import HfvramError
-from hfvram.memory.bitsandbytes import BLOCK, NESTED_BLOCK, ON_LOADING
+from hfvram.memory.bitsandbytes import BLOCK, FEW_ROWS, NESTED_BLOCK, ON_LOADING
 from hfvram.memory.exact.build import DTYPES
 from hfvram.memory.exact.kernels import empty
 from hfvram.memory.weights import DEQUANTIZED
@@ -19,9 +19,6 @@ from hfvram.memory.weights import DEQUANTIZED
 if TYPE_CHECKING:
     from hfvram.memory.exact.run import Run
     from hfvram.request import Request
-
-FEW_ROWS = 32
-"""Up to 512 it depends on the layer's sizes; that many always (`_gemm_4bit_use_custom_cuda`)."""
 
 
 class Codes(nn.Module):  # type: ignore[misc]

@@ -12,14 +12,14 @@ from hfvram.memory.training import operators as op
 from hfvram.memory.training.attention import attention
 from hfvram.memory.training.blocks import DROPPED, HIDDEN, normalize, unknown
 from hfvram.memory.training.feed_forward import feed_forward
-from hfvram.memory.training.kinds import kind_of
+from hfvram.memory.training.kinds import Kind, kind_of
 from hfvram.memory.training.latent import latent_attention
 from hfvram.memory.training.mixture import mixture
 from hfvram.memory.training.routing import BALANCE, balance
 from hfvram.memory.training.state_space import mix, state_space
-from hfvram.memory.training.states import Blocks, States, Weights
+from hfvram.memory.training.states import Blocks, States, Weights, project
 from hfvram.memory.training.surroundings import POSITIONS, Surroundings, angles, counted, masks, positions, surround
-from hfvram.memory.training.tape import Tape
+from hfvram.memory.training.tape import Input, Tape
 from hfvram.memory.training.tensors import Tensor
 from hfvram.model.architecture import Architecture
 from hfvram.model.layers import (
@@ -52,13 +52,13 @@ def forward(
 ) -> tuple[Tensor, list[Tensor]]:
     """One pass with labels. Returns the loss, and what the model's output holds beside it: logits, also routers'."""
     hidden, routed = decode(t, architecture, states, layers, ids, request)
-    table = states.head[0].tensor if states.head else states.before[0].tensor
     bias = states.head[1].tensor if len(states.head) > 1 else None
     kind = kind_of(architecture)
     if kind.wide_logits:
-        logits = op.to(t, op.linear(t, op.to(t, hidden, table.dtype, HIDDEN), table, bias, LOGITS), "fp32", WIDE_LOGITS)
+        hidden = op.to(t, hidden, (states.head or states.before)[0].tensor.dtype, HIDDEN)
+        logits = op.to(t, head(t, states, hidden, bias), "fp32", WIDE_LOGITS)
     else:
-        logits = op.linear(t, hidden, table, bias, LOGITS)
+        logits = head(t, states, hidden, bias)
     if kind.multiplied or kind.scaled_logits:
         logits = op.scale(t, logits, LOGITS)
     if architecture.logits_softcap:
@@ -74,6 +74,13 @@ def forward(
     return loss, held
 
 
+def head(t: Tape, states: States, hidden: Tensor, bias: Tensor | None) -> Tensor:
+    """The head's own weight, or that of the embedding that it is tied to."""
+    if states.head:
+        return project(t, hidden, states.head[0], bias, LOGITS)
+    return op.linear(t, hidden, states.before[0].original, bias, LOGITS)
+
+
 def decode(
     t: Tape,
     architecture: Architecture,
@@ -84,9 +91,7 @@ def decode(
 ) -> tuple[Tensor, list[Tensor]]:
     """Hidden states of every token, normed, and routers' logits. The embeddings are held to the end."""
     kind = kind_of(architecture)
-    embedded = op.embedding(t, ids, states.before[0].tensor, EMBEDDED)
-    if kind.scaled == "first":
-        embedded = op.scale(t, embedded, EMBEDDED)
+    embedded = embed(t, states, ids, kind, request)
     around = Surroundings(architecture.class_name, kind, request)
     around.dropout = layers[0][0].dropout if layers else Dropout()
     hidden = embedded
@@ -147,6 +152,20 @@ def through(
             hidden = _whole(t, layer, leaves, hidden, around)
     t.enter(None)
     return hidden
+
+
+def embed(t: Tape, states: States, ids: Tensor, kind: Kind, request: Request) -> Tensor:
+    """The tokens' embeddings; `enable_input_require_grads` where adapters are trained under checkpointing."""
+    embedded = op.embedding(t, ids, states.before[0].tensor, EMBEDDED)
+    if kind.scales_itself:
+        number = None if embedded.dtype == request.dtype else t.new((), embedded.dtype, None, EMBEDDED)
+        embedded = op.scale(t, embedded, EMBEDDED)
+        del number
+    if request.mode != "train" and request.gradient_checkpointing and embedded.node is None:
+        embedded.node = Input(embedded)
+    if kind.scaled == "first" and not kind.scales_itself:
+        embedded = op.scale(t, embedded, EMBEDDED)
+    return embedded
 
 
 def _checkpointed(t: Tape, layer: Layer, blocks: Blocks, hidden: Tensor, around: Surroundings) -> Tensor:

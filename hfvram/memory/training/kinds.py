@@ -91,6 +91,8 @@ class Kind:
     """The last norm's parameters stand before those of the layers."""
     scaled: Literal["no", "first", "after masks"] = "no"
     """When the embeddings are multiplied by a number."""
+    scales_itself: bool = False
+    """The embedding's own module does that."""
     multiplied: bool = False
     """So are what joins the residual, and the logits."""
     scaled_logits: bool = False
@@ -128,7 +130,7 @@ class Kind:
 _LLAMA = Kind()
 _BERT = Kind(layer="norm after", embedding="summed", norms="after each", own_softmax=True)
 _ROBERTA = replace(_BERT, embedding="counted positions", head_gelu=True)
-_GEMMA = Kind(norm="plus one", scaled="first")
+_GEMMA = Kind(norm="plus one", scaled="first", scales_itself=True)
 
 _MAMBA = Kind(norms="first", layer="state space", counts=False, wide_logits=True)
 
@@ -163,7 +165,9 @@ KINDS: Final[dict[str, Kind]] = {
     "camembert": replace(_ROBERTA, head_first=True),
     "gemma": _GEMMA,
     "gemma2": _GEMMA,
-    "gemma3_text": Kind(norm="plus one", scaled="first", masks="both", angles="by layer type", qk="all projected"),
+    "gemma3_text": Kind(
+        norm="plus one", scaled="first", scales_itself=True, masks="both", angles="by layer type", qk="all projected"
+    ),
     "mamba": _MAMBA,
     "mamba2": _MAMBA,
     "falcon_mamba": _MAMBA,

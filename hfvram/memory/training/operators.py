@@ -586,7 +586,8 @@ def layer_norm(t: Tape, x: Tensor, weight: Tensor | None, bias: Tensor | None, t
     """Layer normalization as one kernel, which keeps its input, mean and deviation."""
     x = wide(t, x)
     given = [p for p in (weight, bias) if p is not None]
-    node = t.record(_layer_normed, (x, *given), x, *given)
+    wanted = tuple([p.node is not None for p in (x, *given)])
+    node = t.record(partial(_layer_normed, wanted), (x, *given), x, *given)
     out = t.new(x.shape, x.dtype, None, tag)
     sizes = (*x.shape[:-1], 1)
     kept = t.new(sizes, "fp32", None, tag), t.new(sizes, "fp32", None, tag)
@@ -594,10 +595,9 @@ def layer_norm(t: Tape, x: Tensor, weight: Tensor | None, bias: Tensor | None, t
     return attach(out, node)
 
 
-def _layer_normed(t: Tape, saved: Saved, grads: Grads) -> Found:
-    x, *given = saved[:-2]
-    assert x is not None
-    return [t.new(x.shape, x.dtype), *[t.new(p.shape, p.dtype) for p in given if p is not None]]
+def _layer_normed(wanted: tuple[bool, ...], t: Tape, saved: Saved, grads: Grads) -> Found:
+    of = [x for x in saved[:-2] if x is not None]
+    return [t.new(x.shape, x.dtype) if wants else None for x, wants in zip(of, wanted, strict=True)]
 
 
 def cross_entropy(t: Tape, scores: Tensor, labels: Tensor, tag: Tag | None = None) -> Tensor:

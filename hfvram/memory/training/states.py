@@ -9,16 +9,23 @@ from hfvram.memory.timeline import Tag
 from hfvram.memory.training import operators as op
 from hfvram.memory.training.blocks import unknown
 from hfvram.memory.training.kinds import WITH_TOWERS, NormOrder, kind_of
+from hfvram.memory.training.packed import Packed
+from hfvram.memory.training.packed import product as packed_product
 from hfvram.memory.training.tape import Parameter, Tape
 from hfvram.memory.training.tensors import Storage, Tensor, contiguous
 from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.layers import Layer, Param
 
+PEFT = "PEFT 0.21: tuners/lora/layer.py Linear.forward"
+LORA_IN = Tag("LoRA, inputs in the adapter's dtype", "activations", "", PEFT)
+LORA_INNER = Tag("LoRA, inner product", "activations", "", PEFT)
+LORA_OUT = Tag("LoRA, output", "activations", "", PEFT)
+
 
 class Leaf:
     """A parameter: what it is, its tensor, and the repeated layer that it belongs to, if any."""
 
-    __slots__ = ("inner", "node", "param", "segment", "tensor")
+    __slots__ = ("inner", "lora", "node", "original", "packed", "param", "segment", "tensor")
 
     def __init__(self, param: Param, dtype: str, trained: bool, segment: int | None) -> None:
         self.param = param
@@ -27,6 +34,56 @@ class Leaf:
         self.segment = segment
         self.node = Parameter(param.shape, dtype) if trained else None
         self.tensor = Tensor(Storage(), param.shape, contiguous(param.shape), dtype, self.node)
+        self.packed: Packed | None = None
+        self.lora: Lora | None = None
+        """The adapter around the layer of this weight."""
+        self.original = self.tensor
+        """What is tied to it."""
+
+    def with_adapter(self) -> "Iterator[Leaf]":
+        """Itself, and what PEFT puts beside it."""
+        yield self
+        if self.lora is not None:
+            yield from self.lora.leaves
+
+
+class Lora:
+    """LoRA around a layer: A (r, inputs), B (outputs, r), and their dropout."""
+
+    __slots__ = ("dropout", "leaves")
+
+    def __init__(self, leaves: "tuple[Leaf, ...]", dropout: float) -> None:
+        self.leaves = leaves
+        self.dropout = dropout
+
+
+def project(
+    t: Tape, x: Tensor, leaf: Leaf, bias: Tensor | None = None, tag: Tag | None = None, transposed: bool = False
+) -> Tensor:
+    """A linear layer over x, and the adapter that PEFT puts around it.
+
+    result + B(A(dropout(x)))·scaling, in the adapter's dtype and back. Source: PEFT 0.21, tuners/lora/layer.py
+    `Linear.forward`.
+    """
+    result = _base(t, x, leaf, bias, tag, transposed)
+    if leaf.lora is None:
+        return result
+    dtype, p, (a, b) = result.dtype, leaf.lora.dropout, [part.tensor for part in leaf.lora.leaves]
+    x = op.to(t, x, a.dtype, LORA_IN)
+    result = op.add(t, result, op.scale(t, _low_rank(t, x, a, b, p), LORA_OUT), LORA_OUT)
+    return op.to(t, result, dtype, tag)
+
+
+def _low_rank(t: Tape, x: Tensor, a: Tensor, b: Tensor, p: float) -> Tensor:
+    return op.linear(t, op.linear(t, op.dropout(t, x, p, LORA_IN), a, None, LORA_INNER), b, None, LORA_OUT)
+
+
+def _base(t: Tape, x: Tensor, leaf: Leaf, bias: Tensor | None, tag: Tag | None, transposed: bool) -> Tensor:
+    if leaf.packed is not None:
+        return packed_product(t, x, leaf.packed, leaf.tensor, bias, tag)
+    if transposed and bias is not None:
+        return op.conv1d(t, x, leaf.tensor, bias, tag)
+    return op.linear(t, x, leaf.tensor, bias, tag)
 
 
 class Weights:
@@ -46,7 +103,10 @@ class Weights:
 
     def take(self) -> Tensor:
         """The next parameter that is no norm's."""
-        return self.rest.pop().tensor
+        leaf = self.rest.pop()
+        if leaf.lora or leaf.packed:
+            raise unknown(f"an adapter or a quantization of {leaf.param.name}, which is no layer of its own,")
+        return leaf.tensor
 
     def bias(self) -> Tensor | None:
         """The next parameter if it is a bias."""
@@ -57,13 +117,13 @@ class Weights:
         kinds = [leaf.param.kind for leaf in self.rest[-2:]]
         if not kinds or kinds[-1] not in ("linear", "linear_subclass", "head"):
             raise unknown("a layer whose parameters stand in another order than its code takes them")
-        weight = self.take()
+        leaf = self.rest.pop()
         bias = self.take() if kinds[0] == "bias" else None
-        if bias is not None and weight.shape == (x.shape[-1], bias.shape[0]) and self.transposed:
-            return op.conv1d(t, x, weight, bias, tag)
-        if weight.shape[1] != x.shape[-1]:
+        shape = leaf.tensor.shape
+        turned = bias is not None and self.transposed and shape == (x.shape[-1], bias.shape[0])
+        if shape[0 if turned else 1] != x.shape[-1]:
             raise unknown("a layer whose parameters stand in another order than its code takes them")
-        return op.linear(t, x, weight, bias, tag)
+        return project(t, x, leaf, bias, tag, turned)
 
 
 OTHERWISE: Final[dict[NormOrder, tuple[str, ...]]] = {
@@ -111,21 +171,20 @@ class States:
     def __init__(
         self,
         architecture: Architecture,
-        dtype: str,
         layers: Sequence[tuple[Layer, int | None]],
-        trains: Callable[[str], bool] = lambda name: True,
+        make: "Callable[[Param, Layer | None, int | None], Leaf]",
     ) -> None:
         text, kind = architecture.text, kind_of(architecture)
         order, self.head_first, self.final_first = kind.norms, kind.head_first, kind.final_first
 
-        def leaf(param: Param, segment: int | None = None) -> Leaf:
-            return Leaf(param, param.dtype or dtype, trains(param.name), segment)
-
         def several(params: Sequence[Param]) -> list[Leaf]:
-            return [leaf(p) for p in params if p.kind != "buffer"]
+            return [make(p, None, None) for p in params if p.kind != "buffer"]
+
+        def blocks(layer: Layer, segment: int | None) -> Blocks:
+            return Blocks(layer, lambda p: make(p, layer, segment), order)
 
         self.before = several(text.before)
-        self.layers = [Blocks(x, lambda p, segment=segment: leaf(p, segment), order) for x, segment in layers]  # type: ignore[misc]
+        self.layers = [blocks(x, segment) for x, segment in layers]
         self.after = several(text.after)
         self.head = several(architecture.head)
 
@@ -144,7 +203,7 @@ class States:
 
     def trained(self) -> list[Leaf]:
         """The leaves that need gradients, as `model.parameters()` has them."""
-        return [leaf for leaf in self if leaf.node is not None]
+        return [part for leaf in self for part in leaf.with_adapter() if part.node is not None]
 
 
 def towers(architecture: Architecture) -> list[Stack]:

@@ -76,6 +76,16 @@ class Parameter(Node):
         self.grad: Tensor | None = None
 
 
+class Input(Parameter):
+    """An activation that is made to need a gradient: it stays with the graph, and so does that gradient."""
+
+    __slots__ = ("held",)
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__(x.shape, x.dtype)
+        self.held = x.alias()
+
+
 class _Enough(Exception):
     """Everything that the backward pass needs has been computed again."""
 
@@ -330,9 +340,10 @@ class Tape:
             if not (sys.getrefcount(grad) == 2 and is_contiguous(grad.shape, grad.strides)):
                 grad = self.new(parameter.shape, parameter.dtype)
             parameter.grad = grad
-            self.timeline.tags[grad.storage.handle] = self.gradients
+            if not isinstance(parameter, Input):
+                self.timeline.tags[grad.storage.handle] = self.gradients
         del grad
-        if self.units is not None:
+        if self.units is not None and not isinstance(parameter, Input):
             self.units.arrived(parameter)
 
     # -- what gradients are made with --------------------------------------------------------------------------------

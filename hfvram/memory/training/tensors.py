@@ -13,7 +13,17 @@ if TYPE_CHECKING:
     from hfvram.memory.training.tape import Node
 
 Shape = tuple[int, ...]
-ITEM_BYTES: Final = {"fp32": 4, "bf16": 2, "fp16": 2, "int64": 8, "int32": 4, "bool": 1, "uint8": 1, "fp8": 1}
+ITEM_BYTES: Final = {
+    "fp32": 4,
+    "bf16": 2,
+    "fp16": 2,
+    "int64": 8,
+    "int32": 4,
+    "bool": 1,
+    "uint8": 1,
+    "int8": 1,
+    "fp8": 1,
+}
 FLOATING: Final = frozenset(("fp32", "bf16", "fp16"))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from hfvram.errors import HfvramError
+from hfvram.memory.bitsandbytes import ON_LOADING
 from hfvram.memory.forward import Forward
 from hfvram.memory.generation import generation
 from hfvram.memory.inference import symbols
@@ -15,6 +16,7 @@ from hfvram.memory.mesh import mesh_of
 from hfvram.memory.timeline import Standing, Tag, Timeline
 from hfvram.memory.training import decoder, encoder
 from hfvram.memory.training import operators as op
+from hfvram.memory.training.adapters import Training
 from hfvram.memory.training.blocks import unknown
 from hfvram.memory.training.data_parallel import Units, units
 from hfvram.memory.training.fsdp import replicas_and_shards
@@ -44,21 +46,25 @@ def timeline(architecture: Architecture, request: Request, on_meta: bool = False
     Raises `usage` for kinds of layers and options that have no formula yet.
     """
     refuse(architecture, request)
-    layers, groups = plan(architecture.text.layers)
+    request = precision(request)
+    training = Training(architecture, request)
+    layers, groups = plan(training.layers)
     moe = architecture.moe
     if whole or (moe and moe.auxiliary):  # a loss of all layers' routers does not repeat with them
-        layers, groups = [(x, None) for x in architecture.text.layers], 0
-    request = precision(request)
+        layers, groups = [(x, None) for x in training.layers], 0
     t = Timeline(stands(architecture, request))
+    casts = training.stands(t, architecture) if training.adapted else []
     tape = Tape(t, generation(request.compute_capability), on_meta)
     ids = tape.new((request.batch, request.ctx or 1), "int64", None, IDS)
     hides = tape.new(ids.shape, "int64", None, PADDING) if request.padding else None
-    states = States(architecture, request.dtype, layers)
+    states = States(architecture, layers, training.make)
     parts = units(tape, states, request, groups)
     tape.units = parts if type(parts) is not Units else None
+    if training.adapted:
+        training.adapt(t, casts)
     t.restart()
     optimizer = Optimizer(request.optimizer, tape, parts.leaves)
-    _steps(tape, architecture, states, layers, ids, optimizer, parts, request)
+    _steps(tape, architecture, states, layers, ids, optimizer, parts, request, training)
     del hides
     t.events = t.events[:]  # what dies with this function is no part of the run
     t.symbols = symbols(architecture, Forward(batch=request.batch, tokens=request.ctx or 1, dtype=request.dtype))
@@ -97,8 +103,8 @@ def stands(architecture: Architecture, request: Request) -> Standing:
 def refuse(architecture: Architecture, request: Request) -> None:
     """Raises `usage` for what has no formula yet."""
     single_stack(architecture)
-    if request.mode != "train":
-        raise unknown(f"--mode {request.mode}")
+    if towers(architecture) and request.mode != "train":
+        raise unknown(f"--mode {request.mode} of {architecture.class_name}")
     if towers(architecture) and (request.fsdp or request.zero or mesh_of(request).gpus > 1):
         raise unknown(f"{architecture.class_name} over several GPUs")
     if architecture.task not in FORWARD or not architecture.generates or architecture.adapter:
@@ -112,14 +118,20 @@ def refuse(architecture: Architecture, request: Request) -> None:
     if request.fsdp and any(isinstance(m, Mamba1) for m in alone):
         raise unknown(f"--fsdp of {architecture.class_name}, whose mixers are units of their own")
     quant = architecture.quantization if request.quant == "auto" else request.quant
-    if quant not in (None, "none"):
+    if quant not in (None, "none") and not (request.mode != "train" and quant in ON_LOADING):
         raise unknown(f"--quant {quant}")
     mixers = (m for layer in architecture.text.layers for m in layer.mixers)
     if architecture.task == "causal" and any(isinstance(m, Attention) and not m.causal for m in mixers):
         raise unknown(f"attention in both directions of {architecture.class_name}")
     _refuse_flash(architecture, request)
-    if request.mixed_precision == "fp16" and request.dtype == "fp16":
+    trained = request.dtype if request.mode == "train" else request.adapter_dtype
+    if request.mixed_precision == "fp16" and trained == "fp16":
         raise HfvramError("usage", "--mixed-precision fp16 can't train fp16 weights: valid are --dtype fp32 and bf16")
+    single = (request.gpus or 1) == 1 and not (request.zero or request.fsdp or request.offload)
+    if request.mode != "train" and not single:
+        raise unknown(f"--mode {request.mode} over several GPUs, sharded or offloaded,")
+    if request.mode != "train" and architecture.task != "causal":
+        raise unknown(f"--mode {request.mode} of {architecture.class_name}")
 
 
 def _refuse_encoder(architecture: Architecture, request: Request) -> None:
@@ -151,12 +163,15 @@ def _steps(
     optimizer: Optimizer,
     parts: Units,
     request: Request,
+    training: Training,
 ) -> None:
     t = tape.timeline
     precision = None if request.mixed_precision == "no" or request.fsdp else request.mixed_precision
     scale = tape.new((), "fp32", None, SCALE) if precision == "fp16" else None
     tensors = sum(p.kind != "buffer" for p in architecture.all_params)
     tensors -= sum(p.kind != "buffer" for tower in towers(architecture) for p in tower.params())
+    if training.adapted:
+        tensors = len(training.params)
     for _ in range(STEPS):
         for missing in reversed(range(min(request.grad_accum, 2))):
             parts.last = not missing
