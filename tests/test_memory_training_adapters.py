@@ -75,6 +75,19 @@ def test_targets_that_match_nothing_are_told() -> None:
         adapted(lora_targets=r".*layers\.1\..*")
 
 
+@pytest.mark.parametrize("options", [{"gpus": 2}, {"fsdp": "full_shard"}, {"offload": ["optimizer"]}], ids=str)
+def test_what_has_no_formula_is_said(options: dict[str, Any]) -> None:
+    with pytest.raises(HfvramError, match="no formula") as caught:
+        adapted(**options)
+    assert caught.value.kind == "usage"
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "olmoe"])
+def test_layers_that_peft_treats_otherwise_are_said(model_type: str) -> None:
+    with pytest.raises(HfvramError, match="--mode lora of"):
+        adapted(LLAMA | {"model_type": model_type})
+
+
 def test_many_layers_are_stretched_as_if_written() -> None:
     deep = LLAMA | {"num_hidden_layers": 12}
     for options in ({}, {"gradient_checkpointing": True}, {"mode": "qlora"}, {"lora_targets": r".*\.[3-8]\..*q_proj"}):

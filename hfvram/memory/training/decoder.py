@@ -124,7 +124,9 @@ def decode(
     held = around.positions
     if not around.packs and kind.counts and not kind.masks_first:
         around.positions = None  # layers are not given them
-    hidden = through(t, layers, states.layers, hidden, around)
+    first = [hidden]
+    del hidden  # the first layer's input is nobody's once that layer is done
+    hidden = through(t, layers, states.layers, first, around)
     weights = tuple([leaf.tensor for leaf in states.after if leaf.param.kind == "norm"])
     if architecture.final_norm and (weights or kind.norm in ("wide", "no weight")):
         hidden = normalize(t, hidden, weights, architecture.final_norm, kind.norm)
@@ -140,9 +142,10 @@ def decode(
 
 
 def through(
-    t: Tape, layers: list[tuple[Layer, int | None]], blocks: list[Blocks], hidden: Tensor, around: Surroundings
+    t: Tape, layers: list[tuple[Layer, int | None]], blocks: list[Blocks], first: list[Tensor], around: Surroundings
 ) -> Tensor:
-    """All layers, one after the other."""
+    """All layers, one after the other, from what is taken out of `first`."""
+    hidden = first.pop()
     for (layer, segment), leaves in zip(layers, blocks, strict=True):
         if segment != t.segment:
             t.enter(segment)

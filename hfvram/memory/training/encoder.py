@@ -43,7 +43,7 @@ def encode(
     """Hidden states of every token. The embeddings are held to the end."""
     embedded = embed(t, states.before, ids, around)
     around.masks[None] = None  # nothing is masked where all tokens see each other
-    return through(t, layers, states.layers, embedded, around)
+    return through(t, layers, states.layers, [embedded], around)
 
 
 def _masked_head(t: Tape, architecture: Architecture, states: States, hidden: Tensor) -> Tensor:

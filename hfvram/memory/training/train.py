@@ -130,7 +130,20 @@ def refuse(architecture: Architecture, request: Request) -> None:
     single = (request.gpus or 1) == 1 and not (request.zero or request.fsdp or request.offload)
     if request.mode != "train" and not single:
         raise unknown(f"--mode {request.mode} over several GPUs, sharded or offloaded,")
-    if request.mode != "train" and architecture.task != "causal":
+    if request.mode != "train":
+        _refuse_adapters(architecture, request)
+
+
+HELD: Final = ("granitemoe", "qwen2_moe")
+"""Mixtures of experts whose adapters were held against PEFT's code, with `all-linear`."""
+
+
+def _refuse_adapters(architecture: Architecture, request: Request) -> None:
+    """Raises `usage` where adapters were not held against PEFT's code: around experts that are one tensor, which it
+    targets by the names of the layers that they were (utils/transformers_weight_conversion.py), and beside scans."""
+    mixers = [m for layer in architecture.text.layers for m in layer.mixers]
+    plain = architecture.moe is None or (architecture.model_type in HELD and request.lora_targets == "all-linear")
+    if architecture.task != "causal" or not plain or not all(isinstance(m, Attention) for m in mixers):
         raise unknown(f"--mode {request.mode} of {architecture.class_name}")
 
 
