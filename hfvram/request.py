@@ -5,7 +5,7 @@ from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, get_args, get_type_hints
 
 from hfvram.errors import HfvramError, printable
-from hfvram.units import parse_tokens
+from hfvram.units import parse_bytes, parse_tokens
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "mode": ("inference", "train", "lora", "qlora"),
@@ -71,6 +71,7 @@ class Request:
     fsdp: str | None = None
     offload: tuple[str, ...] = ()
     resident_experts: int = 0
+    cpu_memory: str | None = None
     engine: str = "transformers"
     gpu_memory_utilization: float | None = None
     max_num_seqs: int | None = None
@@ -110,6 +111,8 @@ class Request:
             raise HfvramError(
                 "usage", f"--resident-experts {self.resident_experts} is out of range: a whole number from 0"
             )
+        if self.cpu_memory is not None and not parse_bytes(self.cpu_memory):
+            raise HfvramError("usage", f"--cpu-memory {printable(self.cpu_memory, 40)} is not a size such as 64GB")
         if not 0 <= self.lora_dropout < 1:
             raise HfvramError("usage", f"--lora-dropout {self.lora_dropout} is not in 0 ≤ p < 1")
         for name in ("gpu_memory_utilization", "mem_fraction_static"):

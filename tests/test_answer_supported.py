@@ -13,7 +13,6 @@ NOT_YET: list[tuple[dict[str, Any], str]] = [
     ({"cache": "offloaded"}, "dynamic, static"),
     ({"cache": "quantized"}, "dynamic, static"),
     ({"cache": "paged"}, "dynamic, static"),
-    ({"gpus": 2}, "1"),
     ({"tp": 2}, "1"),
     ({"pp": 2}, "1"),
     ({"ep": 8}, "1"),
@@ -70,5 +69,5 @@ def test_sharding_is_for_training() -> None:
 
 
 def test_what_is_answered() -> None:
-    for options in ({}, {"cache": "static"}, {"method": "guide"}, {"quant": "nf4"}, {"zero": 0}, {"gpus": 1}):
+    for options in ({}, {"cache": "static"}, {"method": "guide"}, {"quant": "nf4"}, {"zero": 0}, {"gpus": 2}):
         check(Request(**options))  # type: ignore[arg-type]

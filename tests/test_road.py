@@ -99,7 +99,7 @@ def test_json_has_exactly_these_keys(nowhere: subprocess.CompletedProcess[str]) 
         "error",
     }
     added = {"peak_phase", "recommended", "components", "largest_tensors", "phases"}
-    added |= {"offloaded", "cpu_bytes", "nvme_bytes", "ranks"}
+    added |= {"offloaded", "cpu_bytes", "nvme_bytes", "disk_bytes", "ranks", "placement"}
     assert set(answer) == sizes | rest | added
     assert set(answer["model"]) == {
         *("id", "commit", "source", "architecture", "model_type", "parameters", "active_parameters"),
@@ -166,7 +166,7 @@ def unsupported() -> list[tuple[str, object]]:
     refused: list[tuple[str, object]] = [
         (name, word) for name, words in CHOICES.items() if name in SUPPORTED for word in words
     ]
-    refused += [("gpus", 2), ("tp", 2), ("pp", 2), ("ep", 2), ("cp", 2), ("sp", True), ("zero", 3)]
+    refused += [("tp", 2), ("pp", 2), ("ep", 2), ("cp", 2), ("sp", True), ("zero", 3)]
     refused += [("offload", ["experts"])]
     refused = [(name, value) for name, value in refused if value not in SUPPORTED[name]]
     refused += [("quant", word) for word in CHOICES["quant"] if word not in ("auto", "none", *ON_LOADING)]

@@ -48,7 +48,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offloaded:
-    """Bytes that one GPU's process keeps in CPU memory or on NVMe, under one name."""
+    """Bytes that one GPU's process keeps in CPU memory, on NVMe or on disk, under one name."""
 
     name: str
     category: Category
@@ -73,6 +73,15 @@ class Rank:
     peak_allocated_bytes: int
     peak_reserved_bytes: int
     device_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """A device (`GPU 0`, `cpu`, `disk`) and the modules that `device_map="auto"` puts there, in words."""
+
+    device: str
+    modules: str
+    weights_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +137,12 @@ class Way:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """The verdict on one GPU; `max_ctx` and `max_batch` with all else as asked, 0 where not even 1 fits."""
+    """The verdict on one GPU; `max_ctx` and `max_batch` with all else as asked, 0 where not even 1 fits.
+
+    A model that is placed over several GPUs fits where each GPU's peak does and none of its weights landed in CPU
+    memory or on disk, unless `--offload layers` asks for that; else those that did are what is missing
+    (`headroom_bytes`).
+    """
 
     gpu: str
     capacity_bytes: int
@@ -179,7 +193,8 @@ class Estimate:
     """What a request takes on one GPU. `items` stand at the peak and add up to `peak_allocated_bytes` exactly.
 
     Of several GPUs that is the fullest; `ranks` has each kind of them, where a formula answers for all.
-    `offloaded` is what each GPU's process keeps elsewhere; it adds up to `cpu_bytes` and `nvme_bytes`.
+    `offloaded` is what each GPU's process keeps elsewhere; it adds up to `cpu_bytes`, `nvme_bytes` and `disk_bytes`.
+    `placement` is where the modules are of a model that is placed over GPUs, which one process drives.
     """
 
     model: ModelFacts
@@ -198,6 +213,7 @@ class Estimate:
     device_bytes: int
     cpu_bytes: int = 0
     nvme_bytes: int = 0
+    disk_bytes: int = 0
     offloaded: tuple[Offloaded, ...] = ()
     interval: Interval
     guide: RuleOfThumb
@@ -207,6 +223,7 @@ class Estimate:
     largest_tensors: tuple[LiveTensor, ...] = ()
     phases: tuple[PhasePeak, ...] = ()
     ranks: tuple[Rank, ...] = ()
+    placement: tuple[Placement, ...] = ()
     components: tuple[tuple[str, "Estimate"], ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -221,6 +238,7 @@ class Estimate:
         out["largest_tensors"] = [_shallow(tensor) | {"shape": list(tensor.shape)} for tensor in self.largest_tensors]
         out["phases"] = [_shallow(phase) for phase in self.phases]
         out["ranks"] = [_shallow(rank) for rank in self.ranks]
+        out["placement"] = [_shallow(place) for place in self.placement]
         out["serving"] = self.serving and _shallow(self.serving)
         out["fit"] = self.fit and {**_shallow(self.fit), "ways": [_shallow(way) for way in self.fit.ways]}
         out["recommended"] = [_shallow(r) for r in self.recommended]

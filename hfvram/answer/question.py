@@ -4,7 +4,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 
 from hfvram import __version__
-from hfvram.answer import guide, pipeline, serving, serving_options
+from hfvram.answer import guide, pipeline, placing, serving, serving_options
 from hfvram.answer.estimate import Estimate, Fit, Interval, Rank, Recommended
 from hfvram.answer.facts import facts, guide_items
 from hfvram.answer.fit import judge
@@ -17,7 +17,7 @@ from hfvram.answer.supported import by_code, check, simulated_by_default
 from hfvram.errors import HfvramError
 from hfvram.memory.allocator import replay
 from hfvram.memory.device import device_bytes, kernels_bytes
-from hfvram.memory.formula import Share, mask_bytes, shares
+from hfvram.memory.formula import Share, mask_bytes
 from hfvram.model.bound import bound, by_its_code, can_run
 from hfvram.model.identify import Model, identify, identify_components, needs_headers
 from hfvram.model.infer import infer
@@ -145,7 +145,7 @@ def verdict(model: Model, found: Estimate, gpu: Gpu) -> tuple[Fit, list[str]]:
     request, notes = found.request, []
     if by_code(request) and _has_formula(model, request):
         request, notes = request.with_(method="formula"), ["limits and ways to make it fit are searched by formula"]
-    known = {request: found.device_bytes}
+    known = {} if placing.is_placed(request) else {request: found.device_bytes}
     needed = (lambda m, r: estimate_of(m, r).device_bytes) if by_code(request) else taken
     fit = judge(
         lambda r: known[r] if r in known else needed(model, r),
@@ -171,6 +171,10 @@ def _has_formula(model: Model, request: Request) -> bool:
 def estimate_of(model: Model, asked: Request) -> Estimate:
     """What a request takes, without a verdict."""
     if model.components:
+        if placing.is_placed(asked):
+            raise HfvramError(
+                "usage", f"--gpus {asked.gpus}: a pipeline's components can't be placed, valid is --gpus 1"
+            )
         alone = asked.with_(phase=None, gpu=None, max_ctx=False, max_batch=False)
         parts = tuple((name, estimate_of(part, alone)) for name, part in model.components)
         return pipeline.total(model.checkpoint.id, parts, model.warnings)
@@ -192,12 +196,16 @@ def _by_formula(model: Model, request: Request, notes: list[str]) -> Estimate:
     """The fullest GPU's estimate, and a row for each kind of GPU where there are several."""
     kinds = [
         (share, _estimate(model, request, at_peak(share.timeline, request.expandable_segments), notes))
-        for share in shares(model.architecture, request)
+        for share in placing.shares_of(model, request)
     ]
+    where = placing.placements(model, request)
+    notes += placing.notes(model, request, where)
     fullest = max((found for _, found in kinds), key=lambda found: found.device_bytes)
     if (request.gpus or 1) == 1:
         return fullest
-    return replace(fullest, ranks=tuple(_rank(share, found) for share, found in kinds))
+    warnings = (*model.warnings, *notes)
+    ranks = tuple(_rank(share, found) for share, found in kinds)
+    return replace(fullest, ranks=ranks, placement=where, warnings=warnings)
 
 
 def _rank(share: Share, found: Estimate) -> Rank:
@@ -220,9 +228,11 @@ def taken(model: Model, asked: Request) -> int:
     if model.components or asked.method == "guide":
         return estimate_of(model, asked).device_bytes
     request, _ = resolve(model.architecture, asked)
-    timelines = [share.timeline for share in shares(model.architecture, request)]
+    shares = placing.shares_of(model, request)
+    timelines = [share.timeline for share in shares]
     held = max(replay(t, request.expandable_segments).reserved_bytes + t.managed_bytes for t in timelines)
-    return device_bytes(held, kernels_bytes(request.mode, request.fsdp is not None))
+    total = device_bytes(held, kernels_bytes(request.mode, request.fsdp is not None))
+    return placing.bytes_to_fit(shares, request, total)
 
 
 def _estimate(model: Model, request: Request, found: AtPeak, notes: list[str]) -> Estimate:
@@ -246,6 +256,7 @@ def _estimate(model: Model, request: Request, found: AtPeak, notes: list[str]) -
         device_bytes=device,
         cpu_bytes=sum(x.bytes for x in found.offloaded if x.place == "cpu"),
         nvme_bytes=sum(x.bytes for x in found.offloaded if x.place == "nvme"),
+        disk_bytes=sum(x.bytes for x in found.offloaded if x.place == "disk"),
         offloaded=found.offloaded,
         interval=interval(model.architecture, request, device),
         guide=guide.rule(guide_items(model, request)),
@@ -256,7 +267,7 @@ def _estimate(model: Model, request: Request, found: AtPeak, notes: list[str]) -
 
 
 def _fullest_bytes(model: Model, request: Request) -> int:
-    return max(share.timeline.fullest_bytes() for share in shares(model.architecture, request))
+    return max(share.timeline.fullest_bytes() for share in placing.shares_of(model, request))
 
 
 def _assumptions(model: Model, found: Estimate) -> list[str]:

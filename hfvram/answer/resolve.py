@@ -1,6 +1,7 @@
 """What a request leaves open, decided by the model: context, phase, dtypes; what goes against it, and what was never
 measured, is told."""
 
+from hfvram.answer.placing import is_placed
 from hfvram.answer.supported import SIMULATED_CACHES, SIMULATED_QUANTS
 from hfvram.errors import HfvramError
 from hfvram.memory import offload
@@ -122,6 +123,8 @@ def _derived(capability: str, dtype: str) -> str:
 
 def _several(request: Request, gpus: int) -> list[str]:
     """What is assumed of several GPUs."""
+    if request.mode == "inference" and mesh_of(request).model == 1:
+        return _whole(request, gpus)
     which = "first" if request.method == "simulate" else "fullest"
     said = [f"per GPU: the {which} of {gpus}; NCCL's own memory is not counted"]
     if request.fsdp == "hybrid_shard":
@@ -134,6 +137,19 @@ def _several(request: Request, gpus: int) -> list[str]:
     if request.fsdp and (request.mode == "qlora" or request.quant in ("nf4", "fp4")):
         said.append("4-bit weights packed into the computing dtype, so that FSDP shards them: not measured")
     return said
+
+
+def _whole(request: Request, gpus: int) -> list[str]:
+    """What several GPUs are without a way to split a model: places for its modules, or replicas."""
+    if is_placed(request):
+        return []
+    if request.gpu and request.method == "simulate":
+        valid = "--method formula, or --gpus 1"
+        raise HfvramError(
+            "usage", f"--gpus {gpus} with --gpu: only a formula answers for a placed model: valid is {valid}"
+        )
+    more = "" if request.gpu else "; with --gpu SIZE one model is placed over all of them"
+    return [f"each of the {gpus} GPUs holds the whole model, for a batch of its own{more}"]
 
 
 def _deepspeed(architecture: Architecture, request: Request, dtype: str) -> list[str]:

@@ -12,7 +12,6 @@ SUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
     "engine": ("transformers", "vllm", "sglang"),
     "method": ("auto", "formula", "simulate", "guide"),
     "cache": ("dynamic", "static"),
-    "gpus": (None, 1),
     "tp": (1,),
     "pp": (1,),
     "ep": (1,),
@@ -22,7 +21,7 @@ SUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
     "fsdp": (None, "full_shard", "shard_grad_op", "hybrid_shard"),
     "offload": ((), ("experts",), ("layers",)),
 }
-BY_SIMULATE: Final = ("gpus", "tp", "sp")
+BY_SIMULATE: Final = ("tp", "sp")
 """Options of which the exact engine answers every value."""
 SIMULATED_CACHES: Final = ("offloaded", "quantized")
 """Caches that only the exact engine answers: transformers' own code moves and packs them."""
@@ -56,8 +55,8 @@ def check(request: Request) -> None:
     check_splits(request)
     for name, values in SUPPORTED.items():
         value = getattr(request, name)
-        if name in ("gpus", "offload") and request.mode != "inference":
-            continue  # the rest trains data parallel; `splits` says what is moved
+        if name == "offload" and request.mode != "inference":
+            continue  # `splits` says what is moved
         if name == "offload" and value and request.method == "simulate":
             values = ((),)
         if request.method == "simulate" and (name in BY_SIMULATE or (name == "cache" and value in SIMULATED_CACHES)):

@@ -1,12 +1,14 @@
 """The formula engine: an architecture and a request → the timeline, in milliseconds and without torch."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
-from hfvram.memory import inference, seq2seq
+from hfvram.memory import inference, placement, seq2seq
 from hfvram.memory.forward import ELEMENT_BYTES, Forward
 from hfvram.memory.generation import generation
 from hfvram.memory.mesh import mesh_of
 from hfvram.memory.offload import divide
+from hfvram.memory.placement import DeviceMap
 from hfvram.memory.timeline import Timeline
 from hfvram.memory.weights import standing
 from hfvram.model.architecture import Architecture
@@ -52,7 +54,7 @@ def timeline(architecture: Architecture, request: Request) -> Timeline:
         from hfvram.memory.training import train
 
         return train.timeline(architecture, request)
-    ctx, new, dtype = request.ctx or 1, request.new_tokens or 0, request.dtype
+    dtype = request.dtype
     quant = request.quant if request.quant != "auto" else architecture.quantization or "none"
     if request.offload:
         stands, away, what = divide(architecture, request, dtype, quant)
@@ -60,10 +62,33 @@ def timeline(architecture: Architecture, request: Request) -> Timeline:
         t.elsewhere.append(("cpu", what, away))
     else:
         t = Timeline(standing(architecture, dtype, quant, request.double_quant))
-    f = Forward(
+    _run(t, architecture, _forward(architecture, request, quant), request)
+    return t
+
+
+def placed(architecture: Architecture, request: Request, device_map: DeviceMap) -> tuple[Share, ...]:
+    """The GPUs on which parts of a model were placed: each what stands there, and what runs there. Raises `usage`."""
+    placement.check(architecture, request)
+    quant = request.quant if request.quant != "auto" else architecture.quantization or "none"
+    f = _forward(architecture, request.with_(offload=()), quant)
+    parts = placement.parts(architecture, device_map, request.gpus or 1, f)
+    found = []
+    for part in parts:
+        t = Timeline(part.standing)
+        t.elsewhere += part.elsewhere
+        if part.runs:
+            _run(t, part.runs, replace(f, stage=part.stage, away=part.away), request)
+        found.append(Share(f"GPU {part.gpu}", 1, t))
+    return tuple(found)
+
+
+def _forward(architecture: Architecture, request: Request, quant: str) -> Forward:
+    """The pass over the prompt."""
+    ctx, new = request.ctx or 1, request.new_tokens or 0
+    return Forward(
         batch=request.batch,
         tokens=ctx - new if request.phase == "generate" else ctx,
-        dtype=dtype,
+        dtype=request.dtype,
         attention=request.attention,
         kernels=request.kernels,
         masked=request.padding,
@@ -71,10 +96,14 @@ def timeline(architecture: Architecture, request: Request) -> Timeline:
         quant=quant,
         double_quant=request.double_quant,
         resident_experts=request.resident_experts if "experts" in request.offload else None,
-        layers_away="layers" in request.offload,
+        away=frozenset(map(id, architecture.text.layers)) if "layers" in request.offload else frozenset(),
         gpu=generation(request.compute_capability),
         static_length=ctx - 1 if request.cache == "static" and request.phase == "generate" else 0,
     )
+
+
+def _run(t: Timeline, architecture: Architecture, f: Forward, request: Request) -> None:
+    new = request.new_tokens or 0
     road = seq2seq if architecture.task == "seq2seq" else inference
     if request.phase == "encode":
         road.encode(t, architecture, f)
@@ -82,4 +111,3 @@ def timeline(architecture: Architecture, request: Request) -> Timeline:
         road.prefill(t, architecture, f)
     else:
         road.generate(t, architecture, f, new)
-    return t

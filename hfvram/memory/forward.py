@@ -8,6 +8,23 @@ ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """What one of several GPUs that hold a model together runs of it; `placement.py` says which layers."""
+
+    first: bool
+    """Token ids are here, and logits come back to it."""
+    receives: bool
+    """Hidden states come from another GPU; else the embedding is here."""
+    ends: bool
+    """The last norm is here."""
+    generates: bool
+    """The model has a head, here or elsewhere."""
+    embedding_away_bytes: int = 0
+    head_away_bytes: int = 0
+    """Embedding and head in CPU memory, which come for as long as they run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Forward:
     """`batch` sequences of `tokens` new tokens each, after `past` that a cache already holds.
 
@@ -28,8 +45,9 @@ class Forward:
     double_quant: bool = True
     resident_experts: int | None = None
     """Experts of each layer that stay on the GPU where the others are in CPU memory; None where all are there."""
-    layers_away: bool = False
-    """Layers are in CPU memory, and come for as long as they run."""
+    away: frozenset[int] = frozenset()
+    """Layers (their `id`) that are in CPU memory, and come for as long as they run."""
+    stage: Stage | None = None
     decoding: bool = False
     """A step of generate() after its prefill."""
     use_cache: bool = True

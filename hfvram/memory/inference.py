@@ -15,7 +15,7 @@ from hfvram.memory.forward import Forward
 from hfvram.memory.generation import CUBLAS_SOURCE
 from hfvram.memory.hybrid import hybrid, is_hybrid, keeps_embedding, scales_embedding
 from hfvram.memory.mixers import feed, grow_cache, mix
-from hfvram.memory.offload import brought_layer
+from hfvram.memory.offload import BROUGHT_LAYER, HOOKS, brought_layer
 from hfvram.memory.repetition import Pattern, pattern, repeat
 from hfvram.memory.streams import STREAMS, collapse, streams_layer
 from hfvram.memory.timeline import Tag, Timeline
@@ -27,6 +27,7 @@ IDS = Tag("token ids, mask and positions", "inputs", "b·s·8", GENERATE)
 ANGLES = Tag("rotary angles", "activations", "b·s·d·e", "transformers 5.17: LlamaRotaryEmbedding.forward")
 MASK = Tag("attention mask", "activations", "b·s·t", "transformers 5.17: masking_utils.py")
 LOGITS = Tag("logits", "activations", "b·V·e", GENERATE)
+RECEIVED = Tag("hidden states from another GPU", "activations", "b·s·h·e", HOOKS)
 WORKSPACE = Tag("cuBLAS workspace", "workspace", "", CUBLAS_SOURCE)
 
 
@@ -83,11 +84,17 @@ def forward(t: Timeline, architecture: Architecture, f: Forward, caches: list[li
     their caches.
     """
     stack = architecture.text
-    unscaled = [t.alloc(f.bytes(stack.hidden_size), HIDDEN)] if scales_embedding(stack.layers) else []
-    held, embedded = _embed(t, f, architecture)
-    t.free(*unscaled)
-    kept = set(held)
-    held += _per_layer_inputs(t, f, stack)
+    if f.stage and f.stage.receives:
+        held, kept = list[int](), set[int]()
+        embedded = t.alloc(_stream_bytes(f, stack), RECEIVED)
+    else:
+        away = f.stage.embedding_away_bytes if f.stage else 0
+        brought = [t.alloc(away, BROUGHT_LAYER)] if away else []
+        unscaled = [t.alloc(f.bytes(stack.hidden_size), HIDDEN)] if scales_embedding(stack.layers) else []
+        held, embedded = _embed(t, f, architecture)
+        t.free(*unscaled, *brought)
+        kept = set(held)
+        held += _per_layer_inputs(t, f, stack)
     if keeps_embedding(stack.layers):
         held.append(t.alloc(f.bytes(stack.hidden_size), HIDDEN))
     held += [*_angles(t, f, stack.layers), *_masks(t, f, stack.layers)]
@@ -111,7 +118,7 @@ def forward(t: Timeline, architecture: Architecture, f: Forward, caches: list[li
         if hidden not in kept:
             t.free(hidden)
         hidden = out
-    if stack.layers and stack.layers[-1].streams > 1:
+    if stack.layers and stack.layers[-1].streams > 1 and (not f.stage or f.stage.ends):
         one = collapse(t, f, stack.hidden_size, stack.layers[-1].streams)
         t.free(hidden)
         hidden = one
@@ -123,14 +130,34 @@ def forward(t: Timeline, architecture: Architecture, f: Forward, caches: list[li
     t.free(*held)
     if architecture.task == "encoder":
         _classify(t, f, architecture)
-    if architecture.task != "encoder" and architecture.generates:
-        rows = f.rows if architecture.logits_of_all_tokens else f.batch
-        logits = t.alloc(rows * architecture.vocab_size * f.element_bytes, LOGITS)
-        last = t.alloc(f.batch * architecture.vocab_size * 4, LOGITS)
-        if architecture.logits_softcap:
-            t.moment(LOGITS, rows * architecture.vocab_size * f.element_bytes)
-        t.free(logits, last)
+    if architecture.task != "encoder":
+        _logits(t, f, architecture)
     t.free(hidden)
+
+
+def _logits(t: Timeline, f: Forward, architecture: Architecture) -> None:
+    """Logits, and the last token's in fp32 for the choice of the next; of several GPUs they come back to the first."""
+    stage = f.stage
+    if not architecture.generates and not (stage and stage.generates and stage.first):
+        return
+    rows = f.rows if architecture.logits_of_all_tokens else f.batch
+    nbytes = rows * architecture.vocab_size * f.element_bytes
+    away = stage.head_away_bytes if stage else 0
+    brought = [t.alloc(away, BROUGHT_LAYER)] if away else []
+    logits = t.alloc(nbytes, LOGITS)
+    t.free(*brought)
+    last = [t.alloc(f.batch * architecture.vocab_size * 4, LOGITS)] if not stage or stage.first else []
+    if architecture.logits_softcap and architecture.generates:
+        t.moment(LOGITS, nbytes)
+    t.free(logits, *last)
+
+
+def _stream_bytes(f: Forward, stack: Stack) -> int:
+    """Hidden states as one layer hands them to the next."""
+    layer = stack.layers[0] if stack.layers else None
+    wide = layer is not None and layer.residual_fp32 and f.half
+    nbytes = f.fp32_bytes(stack.hidden_size) if wide else f.bytes(stack.hidden_size)
+    return nbytes * (layer.streams if layer else 1)
 
 
 def _embed(t: Timeline, f: Forward, architecture: Architecture) -> tuple[list[int], int]:

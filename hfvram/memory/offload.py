@@ -61,7 +61,7 @@ def divide(architecture: Architecture, request: Request, dtype: str, quant: str)
 
 def brought_layer(t: Timeline, f: Forward, layer: Layer) -> Iterator[int]:
     """The largest module of an offloaded layer, while the layer runs."""
-    if not f.layers_away:
+    if id(layer) not in f.away:
         return
     modules: dict[str, int] = {}
     for param in layer.all_params():

@@ -9,7 +9,7 @@ Category = Literal[
     "weights", "buffers", "gradients", "optimizer", "cache", "activations", "workspace", "rounding", "inputs"
 ]
 Certainty = Literal["exact", "derived", "calibrated", "guess"]
-Elsewhere = Literal["cpu", "nvme"]
+Elsewhere = Literal["cpu", "nvme", "disk"]
 
 
 class Tag(NamedTuple):

@@ -9,7 +9,7 @@ from hfvram.show.table import Row
 
 REQUEST = ("mode", "ctx", "batch", "quant", "kv_dtype", "gpus", "gpu")
 TOTALS = ("weights_bytes", "cache_bytes", "gradients_bytes", "optimizer_bytes", "activations_bytes")
-PEAKS = ("peak_allocated_bytes", "peak_reserved_bytes", "device_bytes", "cpu_bytes", "nvme_bytes")
+PEAKS = ("peak_allocated_bytes", "peak_reserved_bytes", "device_bytes", "cpu_bytes", "nvme_bytes", "disk_bytes")
 
 
 def csv(rows: Sequence[Row]) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from hfvram.answer.estimate import Estimate, Item, LiveTensor, Offloaded
 from hfvram.show.layout import Paint, columns, plain, size
-from hfvram.show.text import PLACES, headline, placed, ranks, totals
+from hfvram.show.text import PLACES, headline, placed, placement, process, ranks, totals
 
 CERTAINTY = {"exact": "exact", "derived": "derived from code", "calibrated": "calibrated", "guess": "a guess"}
 
@@ -17,7 +17,7 @@ def explain(estimate: Estimate, width: int, paint: Paint = plain) -> str:
         lines += explained(item, width, paint)
     lines += ["", f"sum = peak allocated: {e.peak_allocated_bytes:,} B"]
     for place, count in placed(e):
-        lines += ["", paint(f"{place[0].upper()}{place[1:]}, for each GPU's process", "bold")]
+        lines += ["", paint(f"{place[0].upper()}{place[1:]}, {process(e)}", "bold")]
         for away in e.offloaded:
             lines += explained(away, width, paint) if PLACES[away.place] == place else []
         lines += ["", f"sum {place}: {count:,} B"]
@@ -28,6 +28,7 @@ def explain(estimate: Estimate, width: int, paint: Paint = plain) -> str:
         peaks += [(p.name, size(p.live_bytes), size(p.activations_bytes), "") for p in e.phases]
         lines += ["", paint("At most in each phase, without rounding", "bold"), *columns(peaks, width, "<>><")]
     lines += ["", *totals(e, width, paint)]
+    lines += ["", *placement(e, width)] if e.placement else []
     lines += ["", *ranks(e, width)] if len(e.ranks) > 1 else []
     lines += [line for w in e.warnings for line in columns([("note:", w)], width, "<<")]
     return "\n".join(lines)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from hfvram.answer.estimate import Estimate
 from hfvram.errors import printable
 from hfvram.show.layout import size
-from hfvram.show.text import PLACES, asked, placed, pool, rank_rows, shape
+from hfvram.show.text import PLACES, asked, place_rows, placed, pool, process, rank_rows, shape
 from hfvram.units import short_count
 
 
@@ -23,7 +23,7 @@ def markdown(estimate: Estimate) -> str:
         ("peak allocated", size(e.peak_allocated_bytes), e.peak_phase),
         ("peak reserved", size(e.peak_reserved_bytes), ""),
         ("**on the device**", f"**{size(e.device_bytes)}**", f"{low} to {high}"),
-        *((place, size(count), "for each GPU's process") for place, count in placed(e)),
+        *((place, size(count), process(e)) for place, count in placed(e)),
         ("rule of thumb", size(e.guide.bytes), e.guide.formula),
     ]
     if e.serving:
@@ -34,6 +34,9 @@ def markdown(estimate: Estimate) -> str:
         table(("live at the peak", "size", "share", "formula"), live, "<>><"),
         table(("total", "size", ""), sums, "<><"),
     ]
+    if e.placement:
+        devices = place_rows(e)
+        parts.append(table(devices[0], devices[1:], "<><"))
     if len(e.ranks) > 1:
         heading, *rows = rank_rows(e)
         parts.append(table(heading, rows, "<" + ">" * (len(heading) - 1)))
@@ -42,7 +45,8 @@ def markdown(estimate: Estimate) -> str:
         parts.append(table(("kept elsewhere", "place", "size", "formula"), away, "<<><"))
     if f := e.fit:
         room = f"{size(abs(f.headroom_bytes))} {'to spare' if f.fits else 'too much'}"
-        parts.append(f"**{'Fits' if f.fits else 'Does not fit'} {f.gpu}** ({size(f.capacity_bytes)}): {room}.")
+        gpus = f"{len(e.ranks)} × {f.gpu}" if e.placement else f.gpu
+        parts.append(f"**{'Fits' if f.fits else 'Does not fit'} {gpus}** ({size(f.capacity_bytes)}): {room}.")
         if f.ways:
             parts.append(table(("fits with", "size"), [(f"`{w.change}`", size(w.device_bytes)) for w in f.ways], "<>"))
     return "\n\n".join(parts)

@@ -70,6 +70,7 @@ GROUPS = (
         ("--zero", "STAGE", "DeepSpeed ZeRO: 0, 1, 2, 3"),
         ("--fsdp", "", "FSDP"),
         ("--offload", "WHAT", "to CPU memory: optimizer, params, activations, experts, layers (or optimizer=nvme)"),
+        ("--cpu-memory", "SIZE", "free for a model that is placed over --gpus of size --gpu; the rest goes to disk"),
         ("--resident-experts", "N", "of each layer, on the GPU with --offload experts (0)"),
     )),
     Group("Engines", (

@@ -17,7 +17,7 @@ COLOURS = {
     "activations": "cyan",
     "workspace": "bright_yellow",
 }
-PLACES = {"cpu": "in CPU memory", "nvme": "on NVMe"}
+PLACES = {"cpu": "in CPU memory", "nvme": "on NVMe", "disk": "on disk"}
 MOST_NAMES = 8
 """Names of small items that are told."""
 MOST_ITEMS = 9
@@ -31,7 +31,8 @@ def text(estimate: Estimate, width: int, paint: Paint = plain) -> str:
     blocks = [headline(e, width, paint), components(e, width), items(e, width, paint)]
     if paint is not plain:
         blocks.append([bar(e, width, paint)])
-    blocks += [totals(e, width, paint), ranks(e, width), elsewhere(e, width), verdict(e, width, paint)]
+    blocks += [totals(e, width, paint), placement(e, width), ranks(e, width)]
+    blocks += [elsewhere(e, width), verdict(e, width, paint)]
     return "\n\n".join("\n".join(lines) for lines in blocks if lines)
 
 
@@ -150,6 +151,17 @@ def ranks(e: Estimate, width: int) -> list[str]:
     return columns([(*row, "") for row in rows], width, "<" + ">" * (len(rows[0]) - 1) + "<")
 
 
+def placement(e: Estimate, width: int) -> list[str]:
+    """Where the modules of a placed model are."""
+    return columns(place_rows(e), width, "<><")
+
+
+def place_rows(e: Estimate) -> list[tuple[str, str, str]]:
+    """A table of devices, the weights on each, and which modules they are of."""
+    rows = [(p.device, size(p.weights_bytes), p.modules) for p in e.placement]
+    return [("placed on", "weights", "modules"), *rows] if rows else []
+
+
 def rank_rows(e: Estimate) -> list[tuple[str, ...]]:
     """A table of the kinds of GPUs: those of their sums that are not nothing everywhere."""
     kinds = ("weights", "cache", "gradients", "optimizer", "activations")
@@ -178,10 +190,10 @@ def pool(s: Serving, ctx: int) -> list[tuple[str, str, str]]:
 
 
 def elsewhere(e: Estimate, width: int) -> list[str]:
-    """What each GPU's process keeps in CPU memory and on NVMe: the sum, and its items beneath."""
+    """What each GPU's process keeps elsewhere: the sum, and its items beneath."""
     lines: list[str] = []
     for place, count in placed(e):
-        lines += columns([(place, size(count), "for each GPU's process")], width, "<><")
+        lines += columns([(place, size(count), process(e))], width, "<><")
         rows = [(i.name, size(i.bytes), i.formula) for i in e.offloaded if PLACES[i.place] == place]
         lines += columns(rows, width, "<><", indent=2)
     return lines
@@ -189,7 +201,13 @@ def elsewhere(e: Estimate, width: int) -> list[str]:
 
 def placed(e: Estimate) -> list[tuple[str, int]]:
     """Places other than the GPU that hold something, and how much."""
-    return [(PLACES[place], count) for place, count in (("cpu", e.cpu_bytes), ("nvme", e.nvme_bytes)) if count]
+    places = (("cpu", e.cpu_bytes), ("nvme", e.nvme_bytes), ("disk", e.disk_bytes))
+    return [(PLACES[place], count) for place, count in places if count]
+
+
+def process(e: Estimate) -> str:
+    """Whose memory that is."""
+    return "for the one process" if e.placement else "for each GPU's process"
 
 
 def verdict(e: Estimate, width: int, paint: Paint) -> list[str]:
@@ -201,7 +219,10 @@ def verdict(e: Estimate, width: int, paint: Paint) -> list[str]:
         taken = f"{size(e.device_bytes)} of {size(f.capacity_bytes)}"
         if e.serving:
             taken = f"the requests take {size(e.cache_bytes)} of a pool of {size(e.serving.kv_pool_bytes or 0)}"
-        lines.append(f"{word} {f.gpu}: {taken}, {room}")
+        if e.placement and e.cpu_bytes + e.disk_bytes and f.headroom_bytes < f.capacity_bytes - e.device_bytes:
+            room = f"and {size(-f.headroom_bytes)} of weights have no room on the GPUs"
+        gpus = f"{len(e.ranks)} × {f.gpu}" if e.placement else f.gpu
+        lines.append(f"{word} {gpus}: {taken}, {room}")
         limits = [(n, v) for n, v in (("context", f.max_ctx), ("batch", f.max_batch)) if v is not None]
         most = [f"{n} {v:,}" if v else f"not even {n} 1" for n, v in limits]
         if limits:
