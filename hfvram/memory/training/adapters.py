@@ -5,7 +5,7 @@ are in fp32 unless asked otherwise (`autocast_adapter_dtype`). Source: PEFT 0.21
 tuners/tuners_utils.py.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from hfvram.errors import HfvramError, printable
@@ -112,12 +112,14 @@ class Training:
         e = ITEM_BYTES[self.request.dtype]
         return [(t.alloc(p.numel * e, WEIGHTS), p.numel * 4) for p in casts]
 
-    def adapt(self, t: Timeline, casts: list[tuple[int, int]]) -> None:
-        """Cast what is not packed, and make the adapters."""
+    def adapt(self, t: Timeline, casts: list[tuple[int, int]], held: Callable[[Param], Param]) -> None:
+        """Cast what is not packed, and make the adapters, of which one GPU holds a part."""
         for handle, nbytes in casts:
             t.alloc(nbytes, WEIGHTS)
             t.free(handle)
-        for param in self.params:
+        if {"params", "params=nvme"} & set(self.request.offload):
+            return
+        for param in map(held, self.params):
             t.alloc(param.numel * ITEM_BYTES[param.dtype or ""], ADAPTERS)
 
 

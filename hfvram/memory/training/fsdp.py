@@ -95,8 +95,8 @@ class Fsdp(Units):
         self.wide = "fp32" if self.low else None
         """The dtype that gradients are reduced in, where it is not their own."""
         self.cast: dict[Leaf, bool] = {}
-        self.root = self._unit([*states.before, *states.after, *states.head])
-        self.units = {id(blocks): self._unit(list(blocks)) for blocks in states.layers}
+        self.root = self._unit(list(states.every([*states.before, *states.after, *states.head])))
+        self.units = {id(blocks): self._unit(list(states.every(blocks))) for blocks in states.layers}
         shards = {leaf: shard for u in self._all() for leaf, shard in zip(u.leaves, u.shards, strict=True)}
         self.leaves = [shards[leaf] for leaf in states.trained()]
         self.order: list[Unit] = []

@@ -1,7 +1,7 @@
 """A model's parameters as a training run holds them: leaves of the graph, taken by layers in the order of their code,
 and gone through by clipping and optimizers in the order of `model.parameters()`."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Final
 
@@ -200,6 +200,11 @@ class States:
             yield from self.after
         if not self.head_first:
             yield from self.head
+
+    def every(self, leaves: "Iterable[Leaf] | None" = None) -> Iterator[Leaf]:
+        """All leaves, or these, with their adapters."""
+        for leaf in self if leaves is None else leaves:
+            yield from leaf.with_adapter()
 
     def trained(self) -> list[Leaf]:
         """The leaves that need gradients, as `model.parameters()` has them."""

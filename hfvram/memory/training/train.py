@@ -4,7 +4,7 @@ The loop is the exact engine's (`memory/exact/training.py`): the first step make
 them from its start; of accumulated batches the second stands for all later ones.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from hfvram.errors import HfvramError
@@ -26,9 +26,9 @@ from hfvram.memory.training.states import States, single_stack, towers
 from hfvram.memory.training.stretch import TEMPLATE, copies, plan, stretch
 from hfvram.memory.training.tape import FLOWING, SCRATCH, Tape
 from hfvram.memory.training.tensors import Tensor
-from hfvram.memory.weights import standing
+from hfvram.memory.weights import sharded, standing
 from hfvram.model.architecture import Architecture
-from hfvram.model.layers import Attention, Layer, Mamba1
+from hfvram.model.layers import Attention, Layer, Mamba1, Param
 from hfvram.request import Request
 
 PADDING = Tag("padding mask", "inputs", "b·s·8", "the batch", "exact")
@@ -53,7 +53,8 @@ def timeline(architecture: Architecture, request: Request, on_meta: bool = False
     if whole or (moe and moe.auxiliary):  # a loss of all layers' routers does not repeat with them
         layers, groups = [(x, None) for x in training.layers], 0
     t = Timeline(stands(architecture, request))
-    casts = training.stands(t, architecture) if training.adapted else []
+    parted = request.fsdp or request.zero == 3
+    casts = training.stands(t, architecture) if training.adapted and not parted else []
     tape = Tape(t, generation(request.compute_capability), on_meta)
     ids = tape.new((request.batch, request.ctx or 1), "int64", None, IDS)
     hides = tape.new(ids.shape, "int64", None, PADDING) if request.padding else None
@@ -61,7 +62,7 @@ def timeline(architecture: Architecture, request: Request, on_meta: bool = False
     parts = units(tape, states, request, groups)
     tape.units = parts if type(parts) is not Units else None
     if training.adapted:
-        training.adapt(t, casts)
+        training.adapt(t, casts, held(request))
     t.restart()
     optimizer = Optimizer(request.optimizer, tape, parts.leaves)
     _steps(tape, architecture, states, layers, ids, optimizer, parts, request, training)
@@ -84,6 +85,15 @@ def precision(request: Request) -> Request:
         return request
     dtype = request.dtype if request.mixed_precision == "no" else request.mixed_precision
     return request.with_(dtype=dtype, mixed_precision="no", adapter_dtype=dtype)
+
+
+def held(request: Request) -> Callable[[Param], Param]:
+    """What one GPU holds of a parameter."""
+    if request.fsdp:
+        _, shards = replicas_and_shards(request)
+        return lambda param: sharded(param, shards)
+    ranks = mesh_of(request).data
+    return (lambda param: sharded(param, ranks, flat=True)) if request.zero == 3 else lambda param: param
 
 
 def stands(architecture: Architecture, request: Request) -> Standing:
@@ -127,9 +137,8 @@ def refuse(architecture: Architecture, request: Request) -> None:
     trained = request.dtype if request.mode == "train" else request.adapter_dtype
     if request.mixed_precision == "fp16" and trained == "fp16":
         raise HfvramError("usage", "--mixed-precision fp16 can't train fp16 weights: valid are --dtype fp32 and bf16")
-    single = (request.gpus or 1) == 1 and not (request.zero or request.fsdp or request.offload)
-    if request.mode != "train" and not single:
-        raise unknown(f"--mode {request.mode} over several GPUs, sharded or offloaded,")
+    if quant in ON_LOADING and (request.fsdp or request.zero == 3):
+        raise unknown(f"--quant {quant} with parameters that are sharded")
     if request.mode != "train":
         _refuse_adapters(architecture, request)
 

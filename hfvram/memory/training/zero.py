@@ -101,7 +101,7 @@ class Zero(Units):
             self.part = sum(ceil_div(x.tensor.numel, self.ranks) for x in trained)
         else:
             self.part = ceil_div(self.whole, 2 * self.ranks) * 2  # DeepSpeed aligns to pairs of elements
-        self.parameters = sum(ceil_div(x.tensor.numel, self.ranks) for x in self._counted(states))
+        self.parameters = sum(ceil_div(x.tensor.numel, self.ranks) for x in self._counted(states.every()))
         self.leaves = [Leaf(Param("partition", (n,)), "fp32", True, None) for n in self._sub_groups()]
         self.begun = False
         """Whether a gradient has come in this backward pass."""
@@ -150,7 +150,7 @@ class Zero(Units):
             t.elsewhere.append((self.params_away, PARAMETERS, nbytes))
             if self.params_away == "nvme":
                 t.elsewhere.append(("cpu", PINNED, PARAM_BUFFERS * PARAM_BUFFER_ELEMENTS * self.item))
-        small = [x.tensor for x in self._counted(self.states) if x.tensor.numel <= PERSISTENCE_ELEMENTS]
+        small = [x.tensor for x in self._counted(self.states.every()) if x.tensor.numel <= PERSISTENCE_ELEMENTS]
         if small and self.ranks > 1:
             t.alloc(sum(x.nbytes for x in small), PERSISTENT)
         if self.away is None:
@@ -224,7 +224,7 @@ class Zero(Units):
 
     def _window(self, blocks: Blocks, whole: bool) -> int:
         """Elements that stand of a layer at once: the module at work, and what is fetched ahead of it."""
-        sizes = [x.tensor.numel for x in blocks if x.tensor.numel > PERSISTENCE_ELEMENTS]
+        sizes = [x.tensor.numel for x in self.states.every(blocks) if x.tensor.numel > PERSISTENCE_ELEMENTS]
         ahead = min(PREFETCH_ELEMENTS + max(sizes, default=0), sum(sizes))  # the last one fetched may exceed it
         return (
             sum(sizes) + min(PREFETCH_ELEMENTS, sum(sizes)) if whole else min(max(sizes, default=0) + ahead, sum(sizes))
@@ -245,7 +245,7 @@ class Zero(Units):
 
     def _layer_sizes(self) -> Iterator[int]:
         for blocks in self.states.layers:
-            leaves = list(blocks)
+            leaves = list(self.states.every(blocks))
             times = copies(self.groups) if leaves and leaves[0].segment == TEMPLATE else 1
             yield from [self._root(leaves)] * times
 
