@@ -75,13 +75,6 @@ def test_targets_that_match_nothing_are_told() -> None:
         adapted(lora_targets=r".*layers\.1\..*")
 
 
-@pytest.mark.parametrize("options", [{"gpus": 2}, {"fsdp": "full_shard"}, {"offload": ["optimizer"]}], ids=str)
-def test_what_has_no_formula_is_said(options: dict[str, Any]) -> None:
-    with pytest.raises(HfvramError, match="no formula") as caught:
-        adapted(**options)
-    assert caught.value.kind == "usage"
-
-
 @pytest.mark.parametrize("model_type", ["mamba", "olmoe"])
 def test_layers_that_peft_treats_otherwise_are_said(model_type: str) -> None:
     with pytest.raises(HfvramError, match="--mode lora of"):
