@@ -78,3 +78,40 @@ def test_what_has_no_formula_is_said() -> None:
     for options in ({"padding": True}, {"attention": "flash_attention_2"}):
         with pytest.raises(HfvramError, match="with --padding or --attention"):
             timeline(infer(config_of("bert")), request(**options))
+
+
+T5: dict[str, Any] = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "vocab_size": 256}
+T5 |= {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}
+T5 |= {"decoder_start_token_id": 0, "pad_token_id": 0}
+GATED = T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"batch": 2}, {"dtype": "fp32", "ctx": 30}, OPTIONS[2]], ids=str)
+@pytest.mark.parametrize("config", [T5, GATED, T5 | {"num_decoder_layers": 3}], ids=["t5", "gated", "unequal"])
+def test_t5_event_by_event(config: dict[str, Any], options: dict[str, Any]) -> None:
+    pytest.importorskip("torch")
+    from hfvram.memory.exact.simulate import simulate
+
+    exact = simulate(config, None, request(method="simulate", **options))
+    formula = timeline(infer(config), request(**options), on_meta=True)
+    assert sequence(formula) == sequence(exact)
+    for fact in ("gradients_bytes", "optimizer_bytes", "trainable_parameters"):
+        assert getattr(formula, fact) == getattr(exact, fact)
+
+
+@pytest.mark.parametrize("decoder", [24, 12])
+def test_two_towers_are_stretched_as_whole(decoder: int) -> None:
+    """Towers of one depth are written short, others in full."""
+    architecture, asked = infer(T5 | {"num_layers": 24, "num_decoder_layers": decoder}), request()
+    short, full = timeline(architecture, asked), timeline(architecture, asked, whole=True)
+    assert sequence(short) == sequence(full)
+    assert short.gradients_bytes == full.gradients_bytes == 2 * architecture.parameters
+
+
+@pytest.mark.parametrize(
+    "options", [{"gradient_checkpointing": True}, {"attention": "eager"}, {"dtype": "fp16"}, {"padding": True}], ids=str
+)
+def test_what_of_t5_has_no_formula_is_said(options: dict[str, Any]) -> None:
+    with pytest.raises(HfvramError, match=r"T5ForConditionalGeneration .* has no formula"):
+        timeline(infer(T5), request(**options))

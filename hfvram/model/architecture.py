@@ -61,6 +61,8 @@ class Architecture:
     tied_head: bool = False
     final_norm: Literal["rms", "layer"] | None = "rms"
     logits_softcap: bool = False
+    scales_output: bool = False
+    """What the decoder returns is scaled before the head (T5)."""
     generates_cache: bool = True
     """False where the model's generation configuration says `use_cache: false` (MPT)."""
     logits_of_all_tokens: bool = False

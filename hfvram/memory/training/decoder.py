@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Final
 
 from hfvram.memory.timeline import Tag
-from hfvram.memory.training import bert, gpt, opt, selection
+from hfvram.memory.training import bert, gpt, opt, selection, t5
 from hfvram.memory.training import operators as op
 from hfvram.memory.training.attention import attention
 from hfvram.memory.training.blocks import DROPPED, HIDDEN, normalize, unknown
@@ -280,6 +280,7 @@ LAYERS: Final[dict[str, Callable[[Tape, Layer, Blocks, Tensor, Surroundings], Te
     "state space": state_space,
     "norm after": bert.norm_after,
     "plain norm after": bert.plain_norm_after,
+    "relative": t5.block,
 }
 
 

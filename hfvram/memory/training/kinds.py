@@ -60,6 +60,7 @@ class Kind:
         "state space",
         "norm after",
         "plain norm after",
+        "relative",
     ] = "residual"
     sums: Literal["branches first", "residual first"] = "residual first"
     """What a layer of two branches over one norm adds up first."""
@@ -157,6 +158,7 @@ KINDS: Final[dict[str, Kind]] = {
     ),
     "gpt_neox": Kind(norms="first", layer="two branches"),
     "bloom": Kind(norms="between", layer="with alibi", embedding="normed", counts=False),
+    "t5": Kind(layer="relative", norms="after each", own_softmax=True),
     "bert": _BERT,
     "distilbert": replace(_BERT, layer="plain norm after"),
     "electra": replace(_BERT, head_gelu=True),

@@ -223,6 +223,29 @@ def _added(t: Tape, saved: Saved, grads: Grads) -> Found:
     return grads[0], grads[0]
 
 
+def add_in_place(t: Tape, a: Tensor, b: Tensor) -> Tensor:
+    """a, to which b is added where it lies."""
+    node = t.record(_added, (a, b))
+    return attach(a.alias(), node)
+
+
+def where(t: Tape, seen: Tensor, x: Tensor, tag: Tag | None = None) -> Tensor:
+    """x where it is seen, a number elsewhere."""
+    number = t.new((), x.dtype, None, tag)
+    node = t.record(_where, (x,), seen)
+    out = t.elementwise(x, tag=tag)
+    del number
+    return attach(out, node)
+
+
+def _where(t: Tape, saved: Saved, grads: Grads) -> Found:
+    grad = first(grads)
+    zero = t.new((), grad.dtype)
+    found = t.elementwise(grad)
+    del zero
+    return (found,)
+
+
 def subtract(t: Tape, a: Tensor, b: Tensor, tag: Tag | None = None) -> Tensor:
     """Difference of two tensors."""
     node = t.record(partial(_subtracted, b.node is not None), (a, b))

@@ -12,6 +12,7 @@ from hfvram.memory.timeline import Tag
 from hfvram.memory.training.operators import (
     Found,
     Grads,
+    add_in_place,
     attach,
     clone,
     dropout,
@@ -55,7 +56,10 @@ def attention(
     q = low(t, q)
     kernel = kernel_for(t, q, k, v, bias, gqa, p)
     if kernel is None:
-        return _math(t, q, k, v, bias, causal, p, tag)
+        before, t.autocast = t.autocast, None  # autocast stays out of what it has lowered the arguments of
+        out = _math(t, q, k, v, bias, causal, p, tag)
+        t.autocast = before
+        return out
     d = q.shape[-1]
     if kernel == "flash" and d % 8:
         q, k, v = (_padded(t, x) for x in (q, k, v))
@@ -164,7 +168,6 @@ def _math(
     """The math path, in fp32: every pair of tokens' scores, their softmax, and a mask that is added in place."""
     dtype, groups = q.dtype, q.shape[1] // k.shape[1]
     q, k, v = (to(t, x, "fp32", tag) for x in (q, k, v))
-    q = scale(t, q, tag)
     if causal:
         square = (q.shape[2], k.shape[2])
         ones = t.new(square, "bool")
@@ -176,8 +179,10 @@ def _math(
         del numbers
     if groups > 1:
         k, v = (_repeated(t, x, groups, tag) for x in (k, v))
-    scores = matmul(t, q, scale(t, transpose(t, k, 2, 3), tag), tag)
-    if bias is not None and (t.on_meta or bias.node is not None):  # else it is added in place
+    scores = _scores(t, q, k, tag)
+    if bias is not None and bias.node is not None:
+        scores = add_in_place(t, scores, bias)
+    elif bias is not None and t.on_meta:  # else it is added in place
         scores = mask(t, scores, bias, tag)
     weights = softmax(t, scores, tag=tag)
     if bias is not None:
@@ -185,6 +190,11 @@ def _math(
     del scores
     weights = dropout(t, weights, p, tag)
     return to(t, matmul(t, weights, v, tag), dtype, tag)
+
+
+def _scores(t: Tape, q: Tensor, k: Tensor, tag: Tag | None) -> Tensor:
+    q, turned = scale(t, q, tag), transpose(t, scale(t, k, tag), 2, 3)
+    return matmul(t, q, turned, tag)
 
 
 def _repeated(t: Tape, x: Tensor, groups: int, tag: Tag | None) -> Tensor:

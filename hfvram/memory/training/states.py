@@ -157,9 +157,9 @@ class Blocks:
         yield from islice(norms, first)
         for mixer in self.mixers:
             yield from mixer
-        if self.order == "after each":
-            yield from islice(norms, len(self.own) // 2)
-        elif self.order != "last":
+            if self.order == "after each":
+                yield from islice(norms, len(self.own) // (len(self.mixers) + 1))
+        if self.order not in ("last", "after each"):
             yield from norms
         yield from self.feed_forward
         yield from norms
@@ -173,8 +173,15 @@ class States:
         architecture: Architecture,
         layers: Sequence[tuple[Layer, int | None]],
         make: "Callable[[Param, Layer | None, int | None], Leaf]",
+        stack: Stack | None = None,
+        encoder: "States | None" = None,
     ) -> None:
-        text, kind = architecture.text, kind_of(architecture)
+        text, kind = stack or architecture.text, kind_of(architecture)
+        self.written = list(layers)
+        self.encoder = encoder
+        """The leaves of the tower that runs, and is built, before this one."""
+        self.held: list[Tensor] = []
+        """What the model's output holds beside the logits."""
         order, self.head_first, self.final_first = kind.norms, kind.head_first, kind.final_first
 
         def several(params: Sequence[Param]) -> list[Leaf]:
@@ -186,11 +193,13 @@ class States:
         self.before = several(text.before)
         self.layers = [blocks(x, segment) for x, segment in layers]
         self.after = several(text.after)
-        self.head = several(architecture.head)
+        self.head = several(architecture.head) if text.name == architecture.main else []
 
     def __iter__(self) -> Iterator[Leaf]:
         if self.head_first:
             yield from self.head
+        if self.encoder is not None:
+            yield from self.encoder
         yield from self.before
         if self.final_first:
             yield from self.after

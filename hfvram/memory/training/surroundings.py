@@ -35,6 +35,12 @@ class Surroundings:
     alibi: Tensor | None = None
     ones: Tensor | None = None
     """A mask of ones that the model makes up."""
+    encoded: Tensor | None = None
+    """What the encoder made, in a decoder that attends to it."""
+    biases: dict[bool, Tensor] = field(default_factory=dict)
+    """Of relative positions: of the layer's own, and (True) of those to the encoder."""
+    cached: list[Tensor] = field(default_factory=list)
+    """Keys and values that are cached in training, too."""
     held: Tensor | None = None
     """What a layer returned beside its output."""
     masks: dict[int | None, Tensor | None] = field(default_factory=dict)

@@ -14,7 +14,7 @@ from hfvram.memory.generation import generation
 from hfvram.memory.inference import symbols
 from hfvram.memory.mesh import mesh_of
 from hfvram.memory.timeline import Standing, Tag, Timeline
-from hfvram.memory.training import decoder, encoder
+from hfvram.memory.training import decoder, encoder, seq2seq
 from hfvram.memory.training import operators as op
 from hfvram.memory.training.adapters import Training
 from hfvram.memory.training.blocks import unknown
@@ -33,7 +33,7 @@ from hfvram.request import Request
 
 PADDING = Tag("padding mask", "inputs", "b·s·8", "the batch", "exact")
 STEPS = 2
-FORWARD: Final = {"causal": decoder.forward, "encoder": encoder.forward}
+FORWARD: Final = {"causal": decoder.forward, "encoder": encoder.forward, "seq2seq": seq2seq.forward}
 SCALE = Tag("loss scale", "activations", "4", "PyTorch 2.11: torch/amp/grad_scaler.py")
 INPUTS = Tag("inputs of layers", "activations", "b·s·h·e", "PyTorch 2.11: autograd/graph.py save_on_cpu")
 IDS = Tag("token ids", "inputs", "b·s·8", "the batch", "exact")
@@ -49,16 +49,20 @@ def timeline(architecture: Architecture, request: Request, on_meta: bool = False
     request = precision(request)
     training = Training(architecture, request)
     layers, groups = plan(training.layers)
+    tower = architecture.stacks[0] if architecture.task == "seq2seq" else None
+    beside, others = plan(tower.layers) if tower else (layers, groups)
     moe = architecture.moe
-    if whole or (moe and moe.auxiliary):  # a loss of all layers' routers does not repeat with them
+    if whole or others != groups or (moe and moe.auxiliary):  # a loss of all layers' routers does not repeat with them
         layers, groups = [(x, None) for x in training.layers], 0
+        beside = [(x, None) for x in tower.layers] if tower else layers
     t = Timeline(stands(architecture, request))
     parted = request.fsdp or request.zero == 3
     casts = training.stands(t, architecture) if training.adapted and not parted else []
     tape = Tape(t, generation(request.compute_capability), on_meta)
     ids = tape.new((request.batch, request.ctx or 1), "int64", None, IDS)
     hides = tape.new(ids.shape, "int64", None, PADDING) if request.padding else None
-    states = States(architecture, layers, training.make)
+    first = States(architecture, beside, training.make, stack=tower) if tower else None
+    states = States(architecture, layers, training.make, encoder=first)
     parts = units(tape, states, request, groups)
     tape.units = parts if type(parts) is not Units else None
     if training.adapted:
@@ -112,7 +116,10 @@ def stands(architecture: Architecture, request: Request) -> Standing:
 
 def refuse(architecture: Architecture, request: Request) -> None:
     """Raises `usage` for what has no formula yet."""
-    single_stack(architecture)
+    if architecture.task == "seq2seq":
+        _refuse_seq2seq(architecture, request)
+    else:
+        single_stack(architecture)
     if towers(architecture) and request.mode != "train":
         raise unknown(f"--mode {request.mode} of {architecture.class_name}")
     if towers(architecture) and (request.fsdp or request.zero or mesh_of(request).gpus > 1):
@@ -156,8 +163,22 @@ def _refuse_adapters(architecture: Architecture, request: Request) -> None:
         raise unknown(f"--mode {request.mode} of {architecture.class_name}")
 
 
+def _refuse_seq2seq(architecture: Architecture, request: Request) -> None:
+    """Raises `usage` for what was not held against the code of an encoder with a decoder."""
+    name = architecture.class_name
+    if kind_of(architecture).layer != "relative" or not name.endswith("ForConditionalGeneration"):
+        raise unknown(name)
+    if request.gradient_checkpointing or request.attention != "sdpa":
+        raise unknown(f"{name} with gradient checkpointing or --attention {request.attention}")
+    if request.dtype == "fp16":
+        raise unknown(f"{name} in fp16")
+    if mesh_of(request).gpus > 1 or request.fsdp or request.zero or request.offload:
+        raise unknown(f"{name} on several GPUs or offloaded")
+    _refuse_encoder(architecture, request)
+
+
 def _refuse_encoder(architecture: Architecture, request: Request) -> None:
-    """Raises `usage` for what was not held against an encoder's own code."""
+    """Raises `usage` for what was not held against the code of an encoder, alone or with a decoder."""
     if request.padding or request.attention not in ("sdpa", "eager"):
         raise unknown(f"{architecture.class_name} with --padding or --attention {request.attention}")
 
@@ -213,6 +234,7 @@ def _steps(
             _label(t, range(before, len(t.sizes)), "recomputed")
             del loss, held, scaled
             tape.held.clear()
+            states.held.clear()
         tape.mark("clipping")
         parts.clip(tensors)
         tape.mark("optimizer step")

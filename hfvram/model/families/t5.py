@@ -10,7 +10,7 @@ from hfvram.errors import HfvramError
 from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.config import Config
 from hfvram.model.families.blocks import attention, embedding, gated_mlp, mlp
-from hfvram.model.families.common import class_and_end, dtype_of, max_positions, num_labels
+from hfvram.model.families.common import class_and_end, dropout_of, dtype_of, max_positions, num_labels
 from hfvram.model.families.defaults import known
 from hfvram.model.layers import Attention, FeedForward, Layer, Param, linear, norm
 
@@ -51,6 +51,7 @@ def read(config: Config, class_name: str | None) -> Architecture:
         head=head(config, kind, hidden),
         tied_head=kind == "ForConditionalGeneration",
         logits_of_all_tokens=True,
+        scales_output=config.model_type == "t5" and config.values.get("tie_word_embeddings") is not False,
         fp32_in_fp16=("wo",),
     )
 
@@ -89,6 +90,7 @@ def layer(config: Config, stack: str, hidden: int, bias: RelativeBias) -> Layer:
         mixers=(self_attention(config, hidden, decodes, bias), *cross),
         feed_forward=feed_forward(config, f"layer.{last}.DenseReluDense", hidden),
         params=norms,
+        dropout=dropout_of(config),
     )
 
 
