@@ -88,7 +88,11 @@ GATED = T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{"batch": 2}, {"dtype": "fp32", "ctx": 30}, OPTIONS[2]], ids=str)
-@pytest.mark.parametrize("config", [T5, GATED, T5 | {"num_decoder_layers": 3}], ids=["t5", "gated", "unequal"])
+@pytest.mark.parametrize(
+    "config",
+    [T5, GATED, T5 | {"num_decoder_layers": 3}, T5 | {"dropout_rate": 0.0}],
+    ids=["t5", "gated", "unequal", "nothing dropped"],
+)
 def test_t5_event_by_event(config: dict[str, Any], options: dict[str, Any]) -> None:
     pytest.importorskip("torch")
     from hfvram.memory.exact.simulate import simulate
@@ -115,3 +119,9 @@ def test_two_towers_are_stretched_as_whole(decoder: int) -> None:
 def test_what_of_t5_has_no_formula_is_said(options: dict[str, Any]) -> None:
     with pytest.raises(HfvramError, match=r"T5ForConditionalGeneration .* has no formula"):
         timeline(infer(T5), request(**options))
+
+
+def test_t5_without_dropout_is_said() -> None:
+    """PyTorch's own math path adds a learned bias in another way."""
+    with pytest.raises(HfvramError, match="T5ForConditionalGeneration without dropout"):
+        timeline(infer(T5 | {"dropout_rate": 0.0}), request())

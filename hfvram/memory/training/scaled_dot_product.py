@@ -12,6 +12,7 @@ from hfvram.memory.timeline import Tag
 from hfvram.memory.training.operators import (
     Found,
     Grads,
+    add,
     add_in_place,
     attach,
     clone,
@@ -168,6 +169,8 @@ def _math(
     """The math path, in fp32: every pair of tokens' scores, their softmax, and a mask that is added in place."""
     dtype, groups = q.dtype, q.shape[1] // k.shape[1]
     q, k, v = (to(t, x, "fp32", tag) for x in (q, k, v))
+    if not p:
+        q = scale(t, q, tag)
     if causal:
         square = (q.shape[2], k.shape[2])
         ones = t.new(square, "bool")
@@ -179,10 +182,10 @@ def _math(
         del numbers
     if groups > 1:
         k, v = (_repeated(t, x, groups, tag) for x in (k, v))
-    scores = _scores(t, q, k, tag)
+    scores = _scores(t, q, k, tag) if p else matmul(t, q, scale(t, transpose(t, k, 2, 3), tag), tag)
     if bias is not None and bias.node is not None:
-        scores = add_in_place(t, scores, bias)
-    elif bias is not None and t.on_meta:  # else it is added in place
+        scores = add(t, scores, bias, tag) if t.on_meta and not p else add_in_place(t, scores, bias)
+    elif bias is not None and t.on_meta and not p:  # else it is added in place
         scores = mask(t, scores, bias, tag)
     weights = softmax(t, scores, tag=tag)
     if bias is not None:
@@ -193,6 +196,7 @@ def _math(
 
 
 def _scores(t: Tape, q: Tensor, k: Tensor, tag: Tag | None) -> Tensor:
+    """Both scaled once the mask is there, as the exact engine spells the path out where something is dropped."""
     q, turned = scale(t, q, tag), transpose(t, scale(t, k, tag), 2, 3)
     return matmul(t, q, turned, tag)
 

@@ -27,8 +27,8 @@ def forward(
     layers: list[tuple[Layer, int | None]],
     ids: Tensor,
     request: Request,
-) -> tuple[Tensor, Tensor]:
-    """One pass with labels. Returns the loss and the logits; `states.held` has what the output holds beside them."""
+) -> tuple[Tensor, list[Tensor]]:
+    """One pass with labels. Returns the loss, and what the model's output holds beside it."""
     kind = kind_of(architecture)
     encoder = states.encoder
     assert encoder is not None
@@ -45,8 +45,7 @@ def forward(
     logits = op.linear(t, hidden, head, None, LOGITS)
     rows = op.reshape(t, logits, -1, logits.shape[-1])
     loss = op.cross_entropy(t, rows, ids.as_((ids.numel,), (1,)), LOG_PROBABILITIES)
-    states.held += [encoded, *around.cached]
-    return loss, logits
+    return loss, [logits, encoded, *around.cached]
 
 
 def _shift_right(t: Tape, ids: Tensor) -> Tensor:

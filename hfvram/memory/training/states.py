@@ -180,8 +180,6 @@ class States:
         self.written = list(layers)
         self.encoder = encoder
         """The leaves of the tower that runs, and is built, before this one."""
-        self.held: list[Tensor] = []
-        """What the model's output holds beside the logits."""
         order, self.head_first, self.final_first = kind.norms, kind.head_first, kind.final_first
 
         def several(params: Sequence[Param]) -> list[Leaf]:

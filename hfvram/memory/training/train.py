@@ -174,6 +174,8 @@ def _refuse_seq2seq(architecture: Architecture, request: Request) -> None:
         raise unknown(f"{name} in fp16")
     if mesh_of(request).gpus > 1 or request.fsdp or request.zero or request.offload:
         raise unknown(f"{name} on several GPUs or offloaded")
+    if not architecture.text.layers[0].dropout.residual:
+        raise unknown(f"{name} without dropout")
     _refuse_encoder(architecture, request)
 
 
@@ -234,7 +236,6 @@ def _steps(
             _label(t, range(before, len(t.sizes)), "recomputed")
             del loss, held, scaled
             tape.held.clear()
-            states.held.clear()
         tape.mark("clipping")
         parts.clip(tensors)
         tape.mark("optimizer step")
