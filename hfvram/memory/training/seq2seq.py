@@ -71,8 +71,8 @@ def _stack(
     """One tower. Its embeddings and its positions' bias are held to its end."""
     embedded = op.embedding(t, ids, table, EMBEDDED)
     p = around.dropout.residual
-    hidden = op.dropout(t, embedded, p, EMBEDDED)
-    hidden = through(t, layers, states.layers, hidden, around)
+    first = [op.dropout(t, embedded, p, EMBEDDED)]
+    hidden = through(t, layers, states.layers, first, around)
     hidden = t5.norm(t, hidden, states.after[0].tensor)
     hidden = op.dropout(t, hidden, p, EMBEDDED)
     around.biases.clear()
