@@ -19,6 +19,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "mixed_precision": ("no", "bf16", "fp16"),
     "adapter_dtype": ("fp32", "bf16", "fp16"),
     "compute_capability": ("6.0", "6.1", "7.0", "7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0", "12.1"),
+    "pp_schedule": ("1f1b", "gpipe"),
     "fsdp": ("full_shard", "shard_grad_op", "hybrid_shard"),
     "engine": ("transformers", "vllm", "sglang", "llama.cpp"),
     "method": ("auto", "formula", "simulate", "guide"),
@@ -64,6 +65,7 @@ class Request:
     gpus: int | None = None
     tp: int = 1
     pp: int = 1
+    pp_schedule: str = "1f1b"
     ep: int = 1
     cp: int = 1
     sp: bool = False

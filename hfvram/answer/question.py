@@ -18,6 +18,7 @@ from hfvram.errors import HfvramError
 from hfvram.memory.allocator import replay
 from hfvram.memory.device import device_bytes, kernels_bytes
 from hfvram.memory.formula import Share, mask_bytes
+from hfvram.memory.mesh import mesh_of
 from hfvram.model.bound import bound, by_its_code, can_run
 from hfvram.model.identify import Model, identify, identify_components, needs_headers
 from hfvram.model.infer import infer
@@ -198,6 +199,8 @@ def _by_formula(model: Model, request: Request, notes: list[str]) -> Estimate:
         (share, _estimate(model, request, at_peak(share.timeline, request.expandable_segments), notes))
         for share in placing.shares_of(model, request)
     ]
+    if mesh_of(request).model > 1:  # nothing of that kind was measured
+        kinds = [(share, replace(found, items=derived(found.items))) for share, found in kinds]
     where = placing.placements(model, request)
     notes += placing.notes(model, request, where)
     fullest = max((found for _, found in kinds), key=lambda found: found.device_bytes)

@@ -18,6 +18,10 @@ from hfvram.request import CHOICES, Request
 from hfvram.units import gib
 
 DEFAULT_CTX = 4096
+PIPELINE = (
+    "--batch is one microbatch, --grad-accum how many there are; hidden states are received when their turn comes: "
+    "PyTorch's own pipelining makes the buffers of all microbatches beforehand"
+)
 OFFLOADED = "what is offloaded comes for its own moment alone: nothing is fetched ahead or kept for the next token"
 DEFAULT_NEW_TOKENS = 8
 
@@ -129,6 +133,8 @@ def _several(request: Request, gpus: int) -> list[str]:
     said = [f"per GPU: the {which} of {gpus}; NCCL's own memory is not counted"]
     if request.fsdp == "hybrid_shard":
         said.append("hybrid_shard shards within nodes of 8 GPUs and replicates over nodes")
+    if request.pp > 1:
+        said.append(PIPELINE)
     if request.sp and request.mode != "inference":
         said.append(
             "--sp as PyTorch's DTensor runs it: what attention and MLP gather stays for the backward pass, "

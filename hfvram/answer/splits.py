@@ -23,6 +23,8 @@ def check_splits(request: Request) -> None:
     if request.method == "simulate" and (zero or offload):
         what = f"--zero {zero}" if zero else f"--offload {','.join(request.offload)}"
         raise _usage(f"{what} has no exact engine: valid is --method formula")
+    if request.pp > 1:
+        _check_pipeline(request)
     if request.fsdp and request.gpus == 1:
         raise _usage(f"--fsdp {request.fsdp} shards over several GPUs: valid are --gpus 2 and more")
     if other := offload - set(TRAINING_OFFLOADS):
@@ -44,6 +46,24 @@ def check_splits(request: Request) -> None:
         raise _usage("--offload params=nvme is DeepSpeed's: valid with --zero 3")
     if "activations" in offload and not request.gradient_checkpointing:
         raise _usage("--offload activations moves the inputs of checkpointed layers: add --gradient-checkpointing")
+
+
+def _check_pipeline(request: Request) -> None:
+    """Raises `usage` for what no pipeline was worked out with."""
+    pp = f"--pp {request.pp}"
+    others = [f"--{name} {getattr(request, name)}" for name in ("tp", "ep", "cp") if getattr(request, name) > 1]
+    others += ["--sp"] * request.sp
+    others += ["--padding"] * request.padding
+    others += [f"--offload {','.join(request.offload)}"] * bool(request.offload)
+    if request.method == "simulate":
+        raise _usage(f"{pp} has no exact engine: valid is --method formula")
+    if request.fsdp or (request.zero or 0) > 1:
+        other = f"--fsdp {request.fsdp}" if request.fsdp else f"--zero {request.zero}"
+        raise _usage(f"{pp} keeps gradients over its microbatches, {other} shards them: valid are --zero 1 and DDP")
+    if request.mode != "train":
+        raise _usage(f"{pp} with --mode {request.mode} is not supported yet: valid is --mode train")
+    if others:
+        raise _usage(f"{pp} with {' and '.join(others)} is not supported yet: valid is one of them alone")
 
 
 def _usage(message: str) -> HfvramError:

@@ -1,9 +1,11 @@
 """The formula engine: an architecture and a request → the timeline, in milliseconds and without torch."""
 
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import groupby
 from typing import NamedTuple
 
-from hfvram.memory import inference, placement, seq2seq
+from hfvram.memory import inference, pipeline_parallel, placement, seq2seq
 from hfvram.memory.forward import ELEMENT_BYTES, Forward
 from hfvram.memory.generation import generation
 from hfvram.memory.mesh import mesh_of
@@ -26,7 +28,28 @@ class Share(NamedTuple):
 
 def shares(architecture: Architecture, request: Request) -> tuple[Share, ...]:
     """The GPUs of a request by what they hold: one share for each kind that differs. Raises `usage` as `timeline`."""
-    return (Share("all", mesh_of(request).gpus, timeline(architecture, request)),)
+    mesh = mesh_of(request)
+    if mesh.pp > 1:
+        return tuple(_stages(architecture, request, mesh.gpus // mesh.pp))
+    return (Share("all", mesh.gpus, timeline(architecture, request)),)
+
+
+def _stages(architecture: Architecture, request: Request, gpus: int) -> Iterator[Share]:
+    """The stages of a pipeline, those together that are alike; `gpus` of each."""
+    from hfvram.memory.training import train
+
+    pipeline_parallel.check(architecture, request)
+    layers = pipeline_parallel.counts(len(architecture.text.layers), request.pp)
+
+    def alike(stage: pipeline_parallel.Stage) -> tuple[object, ...]:
+        part = pipeline_parallel.stage_of(architecture, stage.index, stage.of)
+        return stage.in_flight, stage.first, stage.last, layers[stage.index], [id(x) for x in part.text.layers]
+
+    for _, found in groupby(pipeline_parallel.stages(request), alike):
+        first, *more = found
+        name = f"stages {first.index + 1} to {more[-1].index + 1}" if more else f"stage {first.index + 1}"
+        t = train.timeline(architecture, request, stage=first)
+        yield Share(f"{name} of {request.pp}", gpus * (1 + len(more)), t)
 
 
 def mask_bytes(architecture: Architecture, request: Request) -> int:

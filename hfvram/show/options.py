@@ -64,6 +64,7 @@ GROUPS = (
         ("--gpus", "N", "* GPUs (the product of the next five)"),
         ("--tp", "N", "tensor parallel (1)"),
         ("--pp", "N", "pipeline parallel (1)"),
+        ("--pp-schedule", "", "of a pipeline's microbatches, of which --grad-accum says how many"),
         ("--ep", "N", "expert parallel (1)"),
         ("--cp", "N", "context parallel (1)"),
         ("--sp", "", "Megatron's sequence parallelism"),

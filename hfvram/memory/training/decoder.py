@@ -4,6 +4,7 @@ Source: transformers 5.17, models/llama/modeling_llama.py, loss/loss_utils.py `F
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Final
 
 from hfvram.memory.timeline import Tag
@@ -49,9 +50,10 @@ def forward(
     layers: list[tuple[Layer, int | None]],
     ids: Tensor,
     request: Request,
+    received: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """One pass with labels. Returns the loss, and what the model's output holds beside it: logits, also routers'."""
-    hidden, routed = decode(t, architecture, states, layers, ids, request)
+    hidden, routed = decode(t, architecture, states, layers, ids, request, received)
     bias = states.head[1].tensor if len(states.head) > 1 else None
     kind = kind_of(architecture)
     if kind.wide_logits:
@@ -88,10 +90,15 @@ def decode(
     layers: list[tuple[Layer, int | None]],
     ids: Tensor,
     request: Request,
+    received: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Hidden states of every token, normed, and routers' logits. The embeddings are held to the end."""
+    """Hidden states of every token, normed, and routers' logits. The embeddings are held to the end; a later stage of
+    a pipeline has `received` hidden states instead."""
     kind = kind_of(architecture)
-    embedded = embed(t, states, ids, kind, request)
+    if received is None:
+        embedded = embed(t, states, ids, kind, request)
+    else:
+        embedded, kind = received, replace(kind, embedding="tokens", scaled="no")
     around = Surroundings(architecture.class_name, kind, request)
     around.dropout = layers[0][0].dropout if layers else Dropout()
     hidden = embedded
@@ -120,7 +127,8 @@ def decode(
         surround(t, [layer for layer, _ in layers], around, ids, embedded.dtype)
     if kind.embedding == "late norm":
         hidden = normalize(t, hidden, (), architecture.text.layers[0].norm, kind.norm)
-    hidden = op.dropout(t, hidden, around.dropout.embedding, EMBEDDED)
+    if received is None:
+        hidden = op.dropout(t, hidden, around.dropout.embedding, EMBEDDED)
     held = around.positions
     if not around.packs and kind.counts and not kind.masks_first:
         around.positions = None  # layers are not given them

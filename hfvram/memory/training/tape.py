@@ -256,12 +256,16 @@ class Tape:
 
     # -- the backward pass -------------------------------------------------------------------------------------------
 
-    def backward(self, root: Tensor) -> None:
-        """Run the graph of a scalar, the latest node first, and add up its parameters' gradients."""
+    def backward(self, root: Tensor, given: Tag | None = None) -> None:
+        """Run the graph of a scalar, the latest node first, and add up its parameters' gradients; or that of a tensor
+        whose gradient is `given` by another GPU."""
         assert root.node is not None
         waiting = _dependencies(root.node)
+        if given is not None:
+            one = self.new(root.shape, root.dtype, None, given)
         self.thread, self.grad = "backward", False
-        one = self.new(root.shape, root.dtype)
+        if given is None:
+            one = self.new(root.shape, root.dtype)
         buffers: dict[Node, list[Tensor | None]] = {root.node: [one]}
         ready: list[tuple[int, int, Node]] = [(0, 0, root.node)]
         while ready:

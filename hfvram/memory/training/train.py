@@ -13,6 +13,7 @@ from hfvram.memory.forward import Forward
 from hfvram.memory.generation import generation
 from hfvram.memory.inference import symbols
 from hfvram.memory.mesh import mesh_of
+from hfvram.memory.pipeline_parallel import Stage, schedule, stage_of
 from hfvram.memory.timeline import Standing, Tag, Timeline
 from hfvram.memory.training import decoder, encoder, seq2seq
 from hfvram.memory.training import operators as op
@@ -24,8 +25,8 @@ from hfvram.memory.training.kinds import ENCODED, kind_of
 from hfvram.memory.training.optimizers import Optimizer
 from hfvram.memory.training.states import States, single_stack, towers
 from hfvram.memory.training.stretch import TEMPLATE, copies, plan, stretch
-from hfvram.memory.training.tape import FLOWING, SCRATCH, Tape
-from hfvram.memory.training.tensors import Tensor
+from hfvram.memory.training.tape import FLOWING, SCRATCH, Input, Tape
+from hfvram.memory.training.tensors import Storage, Tensor, contiguous
 from hfvram.memory.weights import sharded, standing
 from hfvram.model.architecture import Architecture
 from hfvram.model.layers import Attention, Layer, Mamba1, Param
@@ -33,20 +34,33 @@ from hfvram.request import Request
 
 PADDING = Tag("padding mask", "inputs", "b·s·8", "the batch", "exact")
 STEPS = 2
+ALONE: Final = Stage()
 FORWARD: Final = {"causal": decoder.forward, "encoder": encoder.forward, "seq2seq": seq2seq.forward}
 SCALE = Tag("loss scale", "activations", "4", "PyTorch 2.11: torch/amp/grad_scaler.py")
 INPUTS = Tag("inputs of layers", "activations", "b·s·h·e", "PyTorch 2.11: autograd/graph.py save_on_cpu")
+PIPELINE = "PyTorch 2.13: distributed/pipelining/stage.py"
+RECEIVED = Tag("hidden states of the stage before", "activations", "b·s·h·e", PIPELINE)
+RETURNED = Tag("gradients of the stage after", "activations", "b·s·h·e", PIPELINE)
 IDS = Tag("token ids", "inputs", "b·s·8", "the batch", "exact")
 
 
-def timeline(architecture: Architecture, request: Request, on_meta: bool = False, whole: bool = False) -> Timeline:
-    """Training of one request that leaves nothing open (`answer/resolve.py`), on one GPU.
+def timeline(
+    architecture: Architecture,
+    request: Request,
+    on_meta: bool = False,
+    whole: bool = False,
+    stage: Stage = ALONE,
+) -> Timeline:
+    """Training of one request that leaves nothing open (`answer/resolve.py`), on one GPU: of a pipeline, on one stage.
 
     `on_meta` follows PyTorch on the meta device where it differs from CUDA, `whole` writes every layer: for tests.
     Raises `usage` for kinds of layers and options that have no formula yet.
     """
     refuse(architecture, request)
     request = precision(request)
+    model = architecture
+    if stage.of > 1:
+        architecture = stage_of(model, stage.index, stage.of)
     training = Training(architecture, request)
     layers, groups = plan(training.layers)
     tower = architecture.stacks[0] if architecture.task == "seq2seq" else None
@@ -59,7 +73,11 @@ def timeline(architecture: Architecture, request: Request, on_meta: bool = False
     parted = request.fsdp or request.zero == 3
     casts = training.stands(t, architecture) if training.adapted and not parted else []
     tape = Tape(t, generation(request.compute_capability), on_meta)
-    ids = tape.new((request.batch, request.ctx or 1), "int64", None, IDS)
+    shape = request.batch, request.ctx or 1
+    if stage.first or stage.last:
+        ids = tape.new(shape, "int64", None, IDS)
+    else:
+        ids = Tensor(Storage(), shape, contiguous(shape), "int64")
     hides = tape.new(ids.shape, "int64", None, PADDING) if request.padding else None
     first = States(architecture, beside, training.make, stack=tower) if tower else None
     states = States(architecture, layers, training.make, encoder=first)
@@ -69,17 +87,19 @@ def timeline(architecture: Architecture, request: Request, on_meta: bool = False
         training.adapt(t, casts, held(request))
     t.restart()
     optimizer = Optimizer(request.optimizer, tape, parts.leaves)
-    _steps(tape, architecture, states, layers, ids, optimizer, parts, request, training)
+    _steps(tape, architecture, states, layers, ids, optimizer, parts, request, training, stage)
     del hides
     t.events = t.events[:]  # what dies with this function is no part of the run
     t.symbols = symbols(architecture, Forward(batch=request.batch, tokens=request.ctx or 1, dtype=request.dtype))
     parts.count(optimizer, groups)
+    if stage.of > 1:
+        t.trainable_parameters = model.parameters
     for tower in towers(architecture):  # asked for gradients, and given none
         t.trainable_parameters += sum(p.numel for p in tower.params() if p.kind != "buffer")
     for segment, nbytes in tape.moved.values():
         t.elsewhere += [("cpu", INPUTS, nbytes)] * (copies(groups) if segment == TEMPLATE else 1)
     if groups:
-        return stretch(t, tape.segments, groups) or timeline(architecture, request, on_meta, whole=True)
+        return stretch(t, tape.segments, groups) or timeline(model, request, on_meta, True, stage)
     return t
 
 
@@ -209,6 +229,7 @@ def _steps(
     parts: Units,
     request: Request,
     training: Training,
+    stage: Stage,
 ) -> None:
     t = tape.timeline
     precision = None if request.mixed_precision == "no" or request.fsdp else request.mixed_precision
@@ -217,24 +238,34 @@ def _steps(
     tensors -= sum(p.kind != "buffer" for tower in towers(architecture) for p in tower.params())
     if training.adapted:
         tensors = len(training.params)
+    order = schedule(stage, request.grad_accum)
+    flying: dict[int, tuple[Tensor, list[Tensor]]] = {}
     for _ in range(STEPS):
-        for missing in reversed(range(min(request.grad_accum, 2))):
-            parts.last = not missing
-            tape.mark("forward")
-            parts.enter_model()
-            tape.autocast = precision
-            loss, held = FORWARD[architecture.task](tape, architecture, states, layers, ids, request)
-            parts.leave_model((loss, *held))
-            scaled = loss if scale is None else op.mul(tape, loss, scale, SCALE)
-            tape.autocast = None
-            tape.casts.clear()
-            _label(t, t.live(len(t.events)), "saved activations")
+        for forward, batch in order:
+            parts.last = batch == order[-1][1]
+            if forward:
+                tape.mark("forward")
+                held = _receive(tape, architecture, ids, request, stage)
+                parts.enter_model()
+                tape.autocast = precision
+                out, found = _forward(tape, architecture, states, layers, ids, request, stage, *held)
+                held += [out, *found]
+                del found
+                parts.leave_model(held)
+                root = out if scale is None or not stage.last else op.mul(tape, out, scale, SCALE)
+                tape.autocast = None
+                tape.casts.clear()
+                _label(t, t.live(len(t.events)), "saved activations")
+                flying[batch] = root, held
+                del out, held, root
+                continue
             tape.mark("backward")
             before = len(t.sizes)
-            tape.backward(scaled)
+            root, held = flying.pop(batch)
+            tape.backward(root, None if stage.last else RETURNED)
             tape.enter(None)
             _label(t, range(before, len(t.sizes)), "recomputed")
-            del loss, held, scaled
+            del root, held
             tape.held.clear()
         tape.mark("clipping")
         parts.clip(tensors)
@@ -244,12 +275,42 @@ def _steps(
     tape.mark("end")
 
 
+def _receive(tape: Tape, architecture: Architecture, ids: Tensor, request: Request, stage: Stage) -> list[Tensor]:
+    """The hidden states that a later stage starts from."""
+    if stage.first:
+        return []
+    wide = any(layer.residual_fp32 for layer in architecture.text.layers)
+    hidden = tape.new((*ids.shape, architecture.hidden_size), "fp32" if wide else request.dtype, None, RECEIVED)
+    hidden.node = Input(hidden)
+    return [hidden]
+
+
+def _forward(
+    tape: Tape,
+    architecture: Architecture,
+    states: States,
+    layers: list[tuple[Layer, int | None]],
+    ids: Tensor,
+    request: Request,
+    stage: Stage,
+    *received: Tensor,
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss, or what a stage sends to the next one; and what the model's output holds beside it."""
+    if stage.of == 1:
+        return FORWARD[architecture.task](tape, architecture, states, layers, ids, request)
+    run = decoder.forward if stage.last else decoder.decode
+    out, held = run(tape, architecture, states, layers, ids, request, *received)
+    if not stage.last and out.dtype != ("fp32" if layers[0][0].residual_fp32 else request.dtype):
+        raise unknown(f"--pp of {architecture.class_name}, whose hidden states are in another dtype")
+    return out, held
+
+
 def _label(t: Timeline, handles: Iterable[int], what: str) -> None:
     """Add to the names of these activations what they are."""
     tags, labelled = t.tags, dict[Tag, Tag]()
     for handle in handles:
         tag = tags[handle]
-        if tag.category == "activations" and tag not in (FLOWING, SCRATCH) and not tag.name.endswith(")"):
+        if tag.category == "activations" and tag not in (FLOWING, SCRATCH, RETURNED) and not tag.name.endswith(")"):
             if tag not in labelled:
                 labelled[tag] = tag._replace(name=f"{tag.name} ({what})")
             tags[handle] = labelled[tag]
