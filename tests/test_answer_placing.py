@@ -109,7 +109,13 @@ def test_what_is_placed_adds_up_to_the_model() -> None:
         assert weights == place.weights_bytes
 
 
-@pytest.mark.parametrize("config", [LLAMA, LLAMA | {"tie_word_embeddings": True}], ids=["untied", "tied"])
+MIXTRAL = LLAMA | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "architectures": None}
+MAMBA = {"model_type": "mamba", "vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 4, "state_size": 16}
+GEMMA = LLAMA | {"model_type": "gemma2", "head_dim": 16, "architectures": None, "tie_word_embeddings": True}
+MODELS = [LLAMA, LLAMA | {"tie_word_embeddings": True}, MIXTRAL, MAMBA, GEMMA]
+
+
+@pytest.mark.parametrize("config", MODELS, ids=["untied", "tied", "Mixtral", "Mamba", "Gemma 2"])
 @pytest.mark.parametrize("options", [{}, {"phase": "prefill", "new_tokens": None}, {"batch": 3, "attention": "eager"}])
 def test_a_model_placed_on_one_gpu_runs_as_it_does_without_a_map(
     config: dict[str, Any], options: dict[str, Any]
@@ -145,6 +151,30 @@ def test_the_second_gpu_receives_hidden_states_and_sends_logits_back() -> None:
     assert received == [2 * 60 * 64 * 2, 2 * 64 * 2, 2 * 64 * 2]
     assert [n for n, tag in zip(second.sizes, second.tags, strict=True) if tag.name == "logits"] == [2 * 512 * 2] * 3
     assert [n for n, tag in zip(first.sizes, first.tags, strict=True) if tag.name == "logits"] == [2048, 4096] * 3
+
+
+def test_an_embedding_in_cpu_memory_comes_for_every_token() -> None:
+    found: dict[str, Any] = {"model.embed_tokens": "cpu", "model.layers": 0, "model.norm": 1, "lm_head": 1}
+    first, second = (s.timeline for s in placed(infer(LLAMA), request(), found))
+    assert [n for n, tag in zip(first.sizes, first.tags, strict=True) if "brought" in tag.name] == [TABLE] * 3
+    assert not any("brought" in tag.name for tag in second.tags)
+
+
+def test_positions_in_cpu_memory_come_to_the_first_gpu_wherever_tokens_are_embedded() -> None:
+    gpt2 = {"model_type": "gpt2", "n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 96, "vocab_size": 512}
+    found: dict[str, Any] = {"transformer": 0, "transformer.wte": 1, "transformer.wpe": "cpu", "lm_head": 1}
+    first, second = (s.timeline for s in placed(infer(gpt2), request(), found))
+    assert [n for n, tag in zip(first.sizes, first.tags, strict=True) if "brought" in tag.name] == [96 * 64 * 2] * 3
+    assert any(tag.name.startswith("hidden states from") for tag in first.tags)
+    assert not any(tag.name.startswith("hidden states from") for tag in second.tags)
+
+
+def test_a_split_layer_runs_where_most_of_it_is() -> None:
+    found: dict[str, Any] = {"model": 0, "lm_head": 0, "model.layers.7.mlp": 1}
+    first, second = (s.timeline for s in placed(infer(LLAMA), request(), found))
+    assert (first.cache_bytes, second.cache_bytes) == (7 * 63 * CACHE, 63 * CACHE)
+    (_, place) = places(infer(LLAMA), found, 2, "bf16", "none", True)
+    assert (place.modules, place.weights_bytes) == ("layer 7", 3 * 64 * 128 * 2)
 
 
 def test_bitsandbytes_counts_half_a_byte_and_keeps_a_tenth_back() -> None:

@@ -19,9 +19,10 @@ class Stage:
     """The last norm is here."""
     generates: bool
     """The model has a head, here or elsewhere."""
-    embedding_away_bytes: int = 0
+    tables_away_bytes: int = 0
+    """The largest module before the layers that is in CPU memory and comes for as long as it runs: embeddings."""
     head_away_bytes: int = 0
-    """Embedding and head in CPU memory, which come for as long as they run."""
+    """The head, where it is in CPU memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

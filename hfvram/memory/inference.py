@@ -84,12 +84,13 @@ def forward(t: Timeline, architecture: Architecture, f: Forward, caches: list[li
     their caches.
     """
     stack = architecture.text
+    tables_away = f.stage.tables_away_bytes if f.stage else 0
     if f.stage and f.stage.receives:
+        t.moment(BROUGHT_LAYER, *[tables_away] * bool(tables_away))
         held, kept = list[int](), set[int]()
         embedded = t.alloc(_stream_bytes(f, stack), RECEIVED)
     else:
-        away = f.stage.embedding_away_bytes if f.stage else 0
-        brought = [t.alloc(away, BROUGHT_LAYER)] if away else []
+        brought = [t.alloc(tables_away, BROUGHT_LAYER)] if tables_away else []
         unscaled = [t.alloc(f.bytes(stack.hidden_size), HIDDEN)] if scales_embedding(stack.layers) else []
         held, embedded = _embed(t, f, architecture)
         t.free(*unscaled, *brought)

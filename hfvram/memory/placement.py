@@ -90,7 +90,7 @@ def places(
             pieces.setdefault(device, []).append(_piece(architecture, param.name))
     head = _head(architecture, device_map)
     if architecture.tied_head and head in pieces:
-        pieces[head].append(("lm_head (tied)", None))
+        pieces[head].append(("head (tied)", None))
     order = sorted(weights, key=lambda d: d if isinstance(d, int) else gpus + ("cpu", "disk").index(d))
     return tuple(Place(device=d, modules=_words(pieces.get(d, ())), weights_bytes=weights[d]) for d in order)
 
@@ -102,10 +102,20 @@ def _piece(architecture: Architecture, name: str) -> tuple[str, int | None]:
         if stack.prefix and name.startswith(f"{stack.prefix}."):
             index = name[len(stack.prefix) + 1 :].partition(".")[0]
             if index.isdigit():
-                return "layers" if stack.prefix == main else stack.prefix, int(index)
-    base = main.rpartition(".")[0]
-    inside = name.removeprefix(f"{base}.") if base else name
-    return inside.removeprefix("model.").split(".")[0], None
+                return "layers" if stack.prefix == main else _below(stack.prefix, main), int(index)
+    return _below(name, main).split(".")[0], None
+
+
+def _below(name: str, main: str) -> str:
+    """A path without the parents that it shares with the main stack's layers.
+
+    >>> _below("model.language_model.norm.weight", "model.language_model.layers")
+    'norm.weight'
+    """
+    parts, shared = name.split("."), main.split(".")
+    while len(parts) > 1 and shared and parts[0] == shared[0]:
+        parts, shared = parts[1:], shared[1:]
+    return ".".join(parts)
 
 
 def _words(pieces: Iterable[tuple[str, int | None]]) -> str:
@@ -149,7 +159,8 @@ def parts(architecture: Architecture, device_map: DeviceMap, gpus: int, f: Forwa
     elsewhere = tuple((place, PLACED, nbytes) for place, nbytes in away.items())
     where = _layers(architecture, owned)
     embedding = next((p for p in architecture.text.before if p.kind == "embedding"), None)
-    at_start = owned[embedding.name] if embedding else (main, 0)
+    embedded_at = owned[embedding.name][0] if embedding else main
+    tables_away = max(_tables_away(architecture, owned).values(), default=0)
     head_at = _head(architecture, device_map)
     head_bytes = sum(owned[p.name][1] for p in _head_params(architecture))
     norms = [owned[p.name][0] for p in architecture.text.after if p.kind == "norm"]
@@ -168,13 +179,13 @@ def parts(architecture: Architecture, device_map: DeviceMap, gpus: int, f: Forwa
                 brought.add(id(layer))
             if here(device):
                 layers.append(layer)
-        starts, heads, ends = here(at_start[0]), here(head_at), here(norm_at)
+        starts, heads, ends = here(embedded_at), here(head_at), here(norm_at)
         stage = Stage(
             first=gpu == main,
             receives=not starts,
             ends=ends,
             generates=architecture.generates,
-            embedding_away_bytes=0 if isinstance(at_start[0], int) else at_start[1],
+            tables_away_bytes=tables_away if gpu == main else 0,
             head_away_bytes=0 if isinstance(head_at, int) else head_bytes,
         )
         text = replace(
@@ -190,7 +201,7 @@ def parts(architecture: Architecture, device_map: DeviceMap, gpus: int, f: Forwa
             tied_head=architecture.tied_head and heads,
             final_norm=architecture.final_norm if ends else None,
         )
-        busy = bool(layers) or starts or heads or ends
+        busy = bool(layers) or starts or heads or ends or gpu == main
         found.append(
             Part(
                 gpu=gpu,
@@ -202,6 +213,17 @@ def parts(architecture: Architecture, device_map: DeviceMap, gpus: int, f: Forwa
             )
         )
     return tuple(found)
+
+
+def _tables_away(architecture: Architecture, owned: Mapping[str, tuple[Device, int]]) -> dict[str, int]:
+    """Modules beside the main stack's layers, but for head and norms, that are not on a GPU; by path, in bytes."""
+    modules: dict[str, int] = {}
+    for param in (*architecture.text.before, *architecture.text.after):
+        device, nbytes = owned[param.name]
+        if not isinstance(device, int) and param.kind not in ("buffer", "head", "norm"):
+            path = param.name.rpartition(".")[0]
+            modules[path] = modules.get(path, 0) + nbytes
+    return modules
 
 
 def _layers(architecture: Architecture, owned: Mapping[str, tuple[Device, int]]) -> list[Device]:
