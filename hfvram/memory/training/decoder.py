@@ -219,8 +219,6 @@ def run_layer(t: Tape, layer: Layer, blocks: Blocks, hidden: Tensor, around: Sur
     feed = layer.feed_forward
     if feed is None or not isinstance(mixer, Attention | LatentAttention | Mamba1 | Mamba2):
         raise unknown(f"a layer of {around.class_name}")
-    if not isinstance(mixer, Attention | LatentAttention) and not isinstance(feed, FeedForward):
-        raise unknown(f"experts beside a state space in {around.class_name}")
     before, after = layer.norm_position != "post", layer.norm_position != "pre"
     residual = hidden
     if before:

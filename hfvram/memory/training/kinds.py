@@ -115,7 +115,7 @@ class Kind:
     """That norm has a bias and is one for all heads; else a LayerNorm is one for each."""
     drops_inside: bool = False
     """The attention itself drops what it returns."""
-    router: Literal["probabilities", "cast back", "chosen first", "greedy", "balanced"] | None = None
+    router: Literal["probabilities", "cast back", "flat, cast back", "chosen first", "greedy", "balanced"] | None = None
     """How experts are chosen: `routing.ROUTERS`."""
     shared: Literal["first", "weighted", "last"] = "first"
     """Shared experts run before the routed ones, weighted by a gate of their own (Qwen2) or not,
@@ -173,6 +173,7 @@ KINDS: Final[dict[str, Kind]] = {
     "mamba": _MAMBA,
     "mamba2": _MAMBA,
     "falcon_mamba": _MAMBA,
+    "jamba": Kind(router="flat, cast back"),
     "nemotron_h": Kind(norms="first", layer="state space", wide_logits=True),
     "bamba": Kind(norms="after the feed-forward", rotates="part", shifts=False),
     "granitemoehybrid": Kind(norms="before the feed-forward", packs=False, scaled="first", multiplied=True),

@@ -12,7 +12,7 @@ from math import prod
 
 from hfvram.memory.cuda_kernels import embedding_scratch_bytes
 from hfvram.memory.timeline import Tag
-from hfvram.memory.training.tape import Node, Saved, Tape, promoted
+from hfvram.memory.training.tape import Gradient, Node, Saved, Tape, promoted
 from hfvram.memory.training.tensors import Shape, Tensor, contiguous, is_contiguous, preserved, viewed
 
 Grads = list[Tensor | None]
@@ -436,6 +436,8 @@ def linear(t: Tape, x: Tensor, weight: Tensor, bias: Tensor | None = None, tag: 
     bias = None if bias is None else low(t, bias)
     weight = low(t, weight)
     x = low(t, x)
+    if bias is not None and len(x.shape) == 3 and not is_contiguous(x.shape, x.strides):
+        return _plus_bias(t, linear(t, x, weight, None, tag), bias, tag)
     outputs, inputs = weight.shape
     shape = x.shape
     turned = _turned(t, weight) if bias is None else None
@@ -443,10 +445,18 @@ def linear(t: Tape, x: Tensor, weight: Tensor, bias: Tensor | None = None, tag: 
     turned = turned or _turned(t, weight)
     operands = (flat, turned) if bias is None else (flat, turned, bias)
     gradient = _linear if bias is None else _biased
+    if flat.strides[0] == 1 and not is_contiguous(flat.shape, flat.strides):
+        gradient = partial(_by_columns, gradient)
     node = t.record(gradient, operands, flat if weight.node else None, weight if flat.node else None)
     t.multiplies(biased=bias is not None)
     out = attach(t.new((flat.shape[0], outputs), x.dtype, None, tag), node)
     return out if len(shape) == 2 else reshape(t, out, *shape[:-1], outputs)
+
+
+def _plus_bias(t: Tape, x: Tensor, bias: Tensor, tag: Tag | None) -> Tensor:
+    """`add_` after a product whose input does not lie row after row; on meta a copy."""
+    node = t.record(_added, (x, bias))
+    return attach(t.elementwise(x, bias, tag=tag) if t.on_meta else x.as_(x.shape, x.strides), node)
 
 
 def _turned(t: Tape, weight: Tensor) -> Tensor:
@@ -473,6 +483,12 @@ def _biased(t: Tape, saved: Saved, grads: Grads) -> Found:
     return of_input, None if x is None else t.new((grad.shape[1], x.shape[1]), grad.dtype), grad
 
 
+def _by_columns(gradient: Gradient, t: Tape, saved: Saved, grads: Grads) -> Found:
+    """The gradient of an input that lies column after column lies so, too."""
+    of_input, *others = gradient(t, saved, grads)
+    return [None if of_input is None else of_input.as_(of_input.shape, (1, of_input.shape[0])), *others]
+
+
 def _of_input(t: Tape, grad: Tensor, weight: Tensor | None) -> Tensor | None:
     return None if weight is None else t.new((grad.shape[0], weight.shape[1]), grad.dtype)
 
@@ -495,6 +511,22 @@ def _conv1d(t: Tape, saved: Saved, grads: Grads) -> Found:
     t.multiplies()
     of_input = None if weight is None else t.new((grad.shape[0], weight.shape[0]), grad.dtype)
     return of_input, None if x is None else t.new((x.shape[1], grad.shape[1]), grad.dtype), grad
+
+
+def convolution(t: Tape, x: Tensor, weight: Tensor, bias: Tensor | None, tag: Tag | None = None) -> Tensor:
+    """A depthwise convolution of x (b, d, s), padded at both ends by what its weight (d, 1, k) reaches beyond."""
+    bias = None if bias is None else low(t, bias)
+    weight = weight if t.autocast is None else to(t, weight, t.autocast)  # a view, which autocast doesn't keep
+    x = low(t, x)
+    node = t.record(partial(_convolved, bias is not None), there(x, weight, bias), x, weight)
+    b, d, s = x.shape
+    return attach(t.new((b, d, s + weight.shape[2] - 1), x.dtype, None, tag), node)
+
+
+def _convolved(biased: bool, t: Tape, saved: Saved, grads: Grads) -> Found:
+    x, weight = there(*saved)
+    found = [t.new(x.shape, x.dtype), t.new(weight.shape, weight.dtype)]
+    return [*found, t.new(weight.shape[:1], weight.dtype)] if biased else found
 
 
 def tanh_gelu(t: Tape, x: Tensor, tag: Tag | None = None) -> Tensor:

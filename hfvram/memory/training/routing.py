@@ -36,11 +36,20 @@ def probabilities(t: Tape, part: MixtureOfExperts, w: Weights, x: Tensor) -> Rou
 def cast_back(t: Tape, part: MixtureOfExperts, w: Weights, x: Tensor) -> Routed:
     """A softmax in fp32, of which the chosen ones are cast to the logits' dtype (OLMoE, Qwen)."""
     logits = op.linear(t, op.reshape(t, x, -1, x.shape[-1]), w.take(), None, LOGITS)
+    return _cast_back(t, part, logits, logits.dtype)
+
+
+def flat_cast_back(t: Tape, part: MixtureOfExperts, w: Weights, x: Tensor) -> Routed:
+    """The same over tokens that the caller flattened (Jamba)."""
+    return _cast_back(t, part, op.linear(t, x, w.take(), None, LOGITS), x.dtype)
+
+
+def _cast_back(t: Tape, part: MixtureOfExperts, logits: Tensor, dtype: str) -> Routed:
     scores = op.softmax(t, logits, "fp32", SCORES)
     weights, chosen = selection.top_k(t, scores, part.top_k, CHOICE)
     if part.normalized:
         weights = selection.divide_in_place(t, weights, _sum(t, weights), CHOICE)
-    return logits, op.to(t, weights, logits.dtype, CHOICE), chosen
+    return logits, op.to(t, weights, dtype, CHOICE), chosen
 
 
 def chosen_first(t: Tape, part: MixtureOfExperts, w: Weights, x: Tensor) -> Routed:
@@ -128,6 +137,7 @@ def balance(t: Tape, logits: list[Tensor], top_k: int) -> Tensor:
 ROUTERS: Final[dict[str, Callable[[Tape, MixtureOfExperts, Weights, Tensor], Routed]]] = {
     "probabilities": probabilities,
     "cast back": cast_back,
+    "flat, cast back": flat_cast_back,
     "chosen first": chosen_first,
     "greedy": greedy,
     "balanced": balanced,

@@ -9,6 +9,7 @@ from hfvram.memory.training.attention import Attended, attention
 from hfvram.memory.training.blocks import NORMED, normalize, unknown
 from hfvram.memory.training.chunk_scan import mamba2
 from hfvram.memory.training.feed_forward import feed_forward
+from hfvram.memory.training.mamba import pieces
 from hfvram.memory.training.selective_scan import mamba
 from hfvram.memory.training.states import Blocks, Weights
 from hfvram.memory.training.surroundings import Surroundings
@@ -39,10 +40,13 @@ def mix(t: Tape, part: Mixer, w: Weights, x: Tensor, around: Surroundings) -> At
     """A mixer: attention, or one with a state by its fused kernels."""
     if isinstance(part, Attention):
         return attention(t, part, w, x, around)
-    if around.request.kernels != "fused":
-        raise unknown(f"--kernels {around.request.kernels} of {around.class_name}")
     if around.request.padding or around.request.attention == "flash_attention_2" or around.request.fsdp:
         raise unknown(f"padding, flash attention or FSDP of {around.class_name}")
+    fused = around.request.kernels == "fused"
+    if isinstance(part, Mamba1) and part.heads == 1 and (not fused or w.norms):
+        return pieces(t, part, w, x, fused), None
+    if not fused:
+        raise unknown(f"--kernels {around.request.kernels} of {around.class_name}")
     if isinstance(part, Mamba1):
         return mamba(t, part, w, x), None
     if isinstance(part, Mamba2) and not part.multipliers:

@@ -113,6 +113,8 @@ def masks(t: Tape, layers: list[Layer], found: Surroundings, ids: Tensor, dtype:
     """Positions and masks."""
     mixers = {id(m): m for x in layers for m in x.mixers}.values()
     parts = _softmaxes(mixers)
+    if not parts and found.kind.counts:
+        raise unknown(f"{found.class_name} without attention")
     b, s = ids.shape
     if found.positions is None and found.kind.counts and not found.kind.masks_first:
         positions(t, found, ids)
