@@ -36,6 +36,10 @@ MODELS: dict[str, dict[str, Any]] = {
     | {"model_type": "jamba", "attn_layer_period": 4, "attn_layer_offset": 3, "expert_layer_period": 2}
     | {"expert_layer_offset": 0, "num_experts": 4, "num_experts_per_tok": 2, "mamba_d_state": 8, "mamba_dt_rank": 4}
     | {"mamba_proj_bias": True, "mamba_conv_bias": False, "num_hidden_layers": 4},
+    "granitemoehybrid": MIXED
+    | {"model_type": "granitemoehybrid", "shared_intermediate_size": 96, "num_local_experts": 4}
+    | {"num_experts_per_tok": 2, "layer_types": ["mamba", "attention"]},
+    "lfm2": HYBRID | {"model_type": "lfm2", "layer_types": ["conv", "full_attention"]},
     "mamba2, bf16 residual": MAMBA_2 | {"chunk_size": 64, "residual_in_fp32": False, "use_conv_bias": False},
 }
 OPTIONS: list[dict[str, Any]] = [
@@ -58,7 +62,7 @@ def test_event_by_event_as_the_models_own_code(name: str, options: dict[str, Any
     from hfvram.memory.exact.simulate import simulate
 
     config = MODELS[name]
-    if name == "bamba" and "mixed_precision" in options:
+    if name in ("bamba", "lfm2") and "mixed_precision" in options:
         pytest.skip("on meta transformers leaves autocast on around rotary angles, which it turns off on CUDA")
     request = {"mode": "train", "ctx": 32, "dtype": "bf16", "quant": "none", "method": "simulate"} | options
     exact = simulate(config, None, Request.from_dict(request))
@@ -70,7 +74,7 @@ def test_event_by_event_as_the_models_own_code(name: str, options: dict[str, Any
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("name", ["mamba", "mamba, bf16 residual", "falcon_mamba", "jamba"])
+@pytest.mark.parametrize("name", ["mamba", "mamba, bf16 residual", "falcon_mamba", "jamba", "lfm2"])
 def test_event_by_event_without_kernels(name: str, options: dict[str, Any]) -> None:
     test_event_by_event_as_the_models_own_code(name, {"kernels": "fallback", "ctx": 8} | options)
 
@@ -93,6 +97,20 @@ def test_many_tokens_written_as_one_peak_as_if_each_was(ctx: int, options: dict[
 def test_a_bias_that_the_fused_kernels_take_is_said(config: dict[str, Any]) -> None:
     with pytest.raises(HfvramError, match="bias of the output's projection") as caught:
         formed(config | {"use_bias": True})
+    assert caught.value.kind == "usage"
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("bamba", "z_loss_coefficient", 0.1),
+        ("jamba", "output_router_logits", True),
+        ("granitemoehybrid", "output_router_logits", True),
+    ],
+)
+def test_a_loss_beside_the_first_is_said(name: str, key: str, value: object) -> None:
+    with pytest.raises(HfvramError, match=key) as caught:
+        formed(MODELS[name] | {key: value})
     assert caught.value.kind == "usage"
 
 

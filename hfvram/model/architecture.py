@@ -61,6 +61,8 @@ class Architecture:
     tied_head: bool = False
     final_norm: Literal["rms", "layer"] | None = "rms"
     logits_softcap: bool = False
+    z_loss: bool = False
+    """Training adds the square of the logits' log-sum-exp to the loss (Bamba's `z_loss_coefficient`)."""
     scales_output: bool = False
     """What the decoder returns is scaled before the head (T5)."""
     generates_cache: bool = True

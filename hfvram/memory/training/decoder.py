@@ -15,7 +15,7 @@ from hfvram.memory.training.blocks import DROPPED, HIDDEN, normalize, unknown
 from hfvram.memory.training.feed_forward import feed_forward
 from hfvram.memory.training.kinds import Kind, kind_of
 from hfvram.memory.training.latent import latent_attention
-from hfvram.memory.training.mixture import mixture
+from hfvram.memory.training.mixture import mixture, routed_then_shared
 from hfvram.memory.training.routing import BALANCE, balance
 from hfvram.memory.training.state_space import mix, state_space
 from hfvram.memory.training.states import Blocks, States, Weights, project
@@ -32,6 +32,7 @@ from hfvram.model.layers import (
     Mamba1,
     Mamba2,
     MixtureOfExperts,
+    ShortConv,
 )
 from hfvram.request import Request
 
@@ -56,9 +57,14 @@ def forward(
     hidden, routed = decode(t, architecture, states, layers, ids, request, received)
     bias = states.head[1].tensor if len(states.head) > 1 else None
     kind = kind_of(architecture)
+    if architecture.z_loss:
+        raise unknown(f"z_loss_coefficient of {architecture.class_name}")
     if kind.wide_logits:
-        hidden = op.to(t, hidden, (states.head or states.before)[0].tensor.dtype, HIDDEN)
-        logits = op.to(t, head(t, states, hidden, bias), "fp32", WIDE_LOGITS)
+        cast = op.to(t, hidden, (states.head or states.before)[0].tensor.dtype, HIDDEN)
+        wide = head(t, states, cast, bias)
+        del cast
+        logits = op.to(t, wide, "fp32", WIDE_LOGITS)
+        del wide
     else:
         logits = head(t, states, hidden, bias)
     if kind.multiplied or kind.scaled_logits:
@@ -217,7 +223,7 @@ def run_layer(t: Tape, layer: Layer, blocks: Blocks, hidden: Tensor, around: Sur
     size = len(blocks.own) // (parts * (2 if layer.norm_position == "both" else 1))
     (mixer,), (leaves,) = layer.mixers, blocks.mixers
     feed = layer.feed_forward
-    if feed is None or not isinstance(mixer, Attention | LatentAttention | Mamba1 | Mamba2):
+    if feed is None or not isinstance(mixer, Attention | LatentAttention | Mamba1 | Mamba2 | ShortConv):
         raise unknown(f"a layer of {around.class_name}")
     before, after = layer.norm_position != "post", layer.norm_position != "pre"
     residual = hidden
@@ -233,7 +239,9 @@ def run_layer(t: Tape, layer: Layer, blocks: Blocks, hidden: Tensor, around: Sur
     residual = hidden
     if before:
         hidden = normalize(t, hidden, own.norm(size), layer.norm, code)
-    if isinstance(feed, MixtureOfExperts):
+    if isinstance(feed, MixtureOfExperts) and around.kind.shared == "last, flat first":
+        _routed, hidden = routed_then_shared(t, feed, blocks.feed_forward, hidden, around)
+    elif isinstance(feed, MixtureOfExperts):
         hidden = mixture(t, feed, blocks.feed_forward, hidden, around)
     else:
         hidden = feed_forward(t, feed, Weights(blocks.feed_forward), hidden)

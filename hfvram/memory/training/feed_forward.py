@@ -20,10 +20,7 @@ DOWN = Tag("feed-forward, output", "activations", "b·s·h·e", MLP)
 def feed_forward(t: Tape, part: FeedForward, w: Weights, x: Tensor) -> Tensor:
     """down(act(gate(x)) · up(x)), or down(act(up(x)))."""
     if part.gated and part.fused_gate_up:
-        both = w.linear(t, x, WIDE)
-        gate, up = op.split(t, both, -1, part.intermediate_size, part.intermediate_size)
-        product = op.mul(t, up, activate(t, gate, part.activation), PRODUCT)
-        return w.linear(t, product, DOWN)
+        return fused_gated(t, part.activation, w, x)
     if part.gated:
         return gated(t, part.activation, w, x)
     return w.linear(t, activate(t, w.linear(t, x, WIDE), part.activation), DOWN)
@@ -32,3 +29,12 @@ def feed_forward(t: Tape, part: FeedForward, w: Weights, x: Tensor) -> Tensor:
 def gated(t: Tape, activation: str, w: Weights, x: Tensor) -> Tensor:
     """down(act(gate(x)) · up(x))"""
     return w.linear(t, op.mul(t, activate(t, w.linear(t, x, WIDE), activation), w.linear(t, x, WIDE), PRODUCT), DOWN)
+
+
+def fused_gated(t: Tape, activation: str, w: Weights, x: Tensor) -> Tensor:
+    """The same where one product makes both."""
+    both = w.linear(t, x, WIDE)
+    f = both.shape[-1] // 2
+    gate, up = op.split(t, both, -1, f, f)
+    product = op.mul(t, up, activate(t, gate, activation), PRODUCT)
+    return w.linear(t, product, DOWN)

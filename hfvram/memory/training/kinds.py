@@ -117,9 +117,9 @@ class Kind:
     """The attention itself drops what it returns."""
     router: Literal["probabilities", "cast back", "flat, cast back", "chosen first", "greedy", "balanced"] | None = None
     """How experts are chosen: `routing.ROUTERS`."""
-    shared: Literal["first", "weighted", "last"] = "first"
+    shared: Literal["first", "weighted", "last", "last, flat first"] = "first"
     """Shared experts run before the routed ones, weighted by a gate of their own (Qwen2) or not,
-    or after them (DeepSeek)."""
+    or after them (DeepSeek), also over tokens flattened for the routed ones (Granite 4)."""
     balance: bool = False
     """A loss of the routers' logits is there to be asked for."""
     head_first: bool = False
@@ -176,7 +176,15 @@ KINDS: Final[dict[str, Kind]] = {
     "jamba": Kind(router="flat, cast back"),
     "nemotron_h": Kind(norms="first", layer="state space", wide_logits=True),
     "bamba": Kind(norms="after the feed-forward", rotates="part", shifts=False),
-    "granitemoehybrid": Kind(norms="before the feed-forward", packs=False, scaled="first", multiplied=True),
+    "granitemoehybrid": Kind(
+        norms="before the feed-forward",
+        packs=False,
+        scaled="first",
+        multiplied=True,
+        router="chosen first",
+        shared="last, flat first",
+    ),
+    "lfm2": _LLAMA,
     "smollm3": _LLAMA,
     "opt": Kind(layer="flattened", embedding="counted ones", counts=False, norms="after each", final_first=True),
     "ministral": Kind(masks="both"),

@@ -68,7 +68,7 @@ def _normed(t: Tape, x: Tensor) -> Tensor:
     return op.mul(t, x, factor, NORM)
 
 
-def convolution(t: Tape, x: Tensor, weight: Tensor, bias: Tensor | None, fused: bool) -> Tensor:
+def convolution(t: Tape, x: Tensor, weight: Tensor, bias: Tensor | None, fused: bool, activated: bool = True) -> Tensor:
     """Causal, over x (b, d, s), with its activation: one kernel, or padded at both ends, of which one is cut off."""
     dtype, s = x.dtype, x.shape[2]
     flat = op.reshape(t, weight, weight.shape[0], weight.shape[2])
@@ -77,7 +77,8 @@ def convolution(t: Tape, x: Tensor, weight: Tensor, bias: Tensor | None, fused: 
     x = op.to(t, x, weight.dtype, CONVOLVED)
     out = op.convolution(t, x, op.reshape(t, flat, *weight.shape), bias, CONVOLVED)
     del x
-    return op.to(t, op.of_input(t, op.narrow(t, out, 2, s), CONVOLVED), dtype, CONVOLVED)
+    out = op.narrow(t, out, 2, s)
+    return op.to(t, op.of_input(t, out, CONVOLVED) if activated else out, dtype, CONVOLVED)
 
 
 def _convolved(t: Tape, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

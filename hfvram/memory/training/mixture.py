@@ -6,12 +6,13 @@ Source: transformers 5.17, integrations/moe.py `grouped_mm_experts_forward`, mod
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from hfvram.memory.timeline import Tag
 from hfvram.memory.training import operators as op
 from hfvram.memory.training import selection
 from hfvram.memory.training.blocks import activate, unknown
-from hfvram.memory.training.feed_forward import DOWN, gated
+from hfvram.memory.training.feed_forward import DOWN, fused_gated, gated
 from hfvram.memory.training.routing import ROUTERS
 from hfvram.memory.training.states import Leaf, Weights
 from hfvram.memory.training.surroundings import Surroundings
@@ -41,14 +42,14 @@ def mixture(t: Tape, part: MixtureOfExperts, leaves: Sequence[Leaf], x: Tensor, 
     b, s, h = x.shape
     if part.jitter:
         x = selection.noisy(t, x, NOISE)
+    if part.auxiliary and (not kind.balance or around.request.padding):
+        raise unknown(f"output_router_logits of {around.class_name}")
     last = kind.shared == "last"
     flat = x if last else op.reshape(t, x, b * s, h)
     beside = None
     if part.shared_intermediate_size and not last:
         beside = gated(t, part.activation, shared, flat)
     logits, weights, chosen = route(t, part, router, flat)
-    if part.auxiliary and (not kind.balance or around.request.padding):
-        raise unknown(f"output_router_logits of {around.class_name}")
     if part.auxiliary and t.redone is None:
         around.router_logits.append(logits)
     flat = op.reshape(t, x, b * s, h) if last else flat
@@ -61,6 +62,21 @@ def mixture(t: Tape, part: MixtureOfExperts, leaves: Sequence[Leaf], x: Tensor, 
     if beside is not None:
         out = op.add(t, out, beside, DOWN)
     return op.reshape(t, out, b, s, h)
+
+
+def routed_then_shared(
+    t: Tape, part: MixtureOfExperts, leaves: Sequence[Leaf], x: Tensor, around: Surroundings
+) -> tuple[Tensor, Tensor]:
+    """What the routed experts return, which the layer holds, and the sum with the shared one's (Granite 4)."""
+    routed = mixture(
+        t,
+        replace(part, shared_intermediate_size=0),
+        [leaf for leaf in leaves if "shared" not in leaf.param.name],
+        x,
+        around,
+    )
+    shared = Weights([leaf for leaf in leaves if "shared" in leaf.param.name])
+    return routed, op.add(t, routed, fused_gated(t, part.activation, shared, x), DOWN)
 
 
 def experts(t: Tape, part: MixtureOfExperts, own: Sequence[Leaf], x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:

@@ -33,7 +33,12 @@ def read(config: Config, class_name: str | None) -> Architecture:
         )
 
     final = "norm" if config.model_type == "granitemoehybrid" else "final_layernorm"
-    return decoder(config, class_name, map(layer, kinds(config)), final=final)
+    return decoder(config, class_name, map(layer, kinds(config)), final=final, z_loss=z_loss(config))
+
+
+def z_loss(config: Config) -> bool:
+    """Whether Bamba's loss has a second part."""
+    return config.model_type == "bamba" and config.number("z_loss_coefficient", default=0.0) > 0
 
 
 def kinds(config: Config) -> list[str]:
@@ -95,5 +100,6 @@ def granite_feed_forward(config: Config, hidden: int) -> FeedForward | MixtureOf
         shared_intermediate_size=shared,
         activation=activation,
         routing_fp32=False,
+        auxiliary=config.flag("output_router_logits"),
         params=router + fused_experts("block_sparse_moe.experts", count, hidden, width) + common.params,
     )

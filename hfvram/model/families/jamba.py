@@ -82,6 +82,7 @@ def mixture(config: Config, hidden: int) -> MixtureOfExperts:
         intermediate_size=width,
         activation=config.text("hidden_act", default="silu"),
         routing_fp32=False,
+        auxiliary=config.flag("output_router_logits"),
         params=linear("feed_forward.router", hidden, count)
         + fused_experts("feed_forward.experts", count, hidden, width),
     )
