@@ -15,6 +15,7 @@ from hfvram.request import Request
 from hfvram.show.explain import explain
 from hfvram.show.markdown import markdown
 from hfvram.show.text import text
+from hfvram.units import gib
 
 pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
@@ -195,6 +196,8 @@ def test_a_model_that_fits_two_gpus() -> None:
     assert answer.device_bytes == max(r.device_bytes for r in answer.ranks)
     assert answer.fit
     assert answer.fit.fits
+    assert not any("max_memory" in w for w in answer.warnings)
+    assert all(i.certainty != "calibrated" for i in answer.items if i.category in ("activations", "workspace"))
     assert (answer.cpu_bytes, answer.disk_bytes) == (0, 0)
 
 
@@ -206,6 +209,8 @@ def test_what_lands_in_cpu_memory_does_not_fit_unless_that_is_asked_for() -> Non
     assert not answer.fit.fits
     assert answer.fit.headroom_bytes == min(-away, answer.fit.capacity_bytes - answer.device_bytes)
     assert answer.fit.max_ctx == 0
+    fullest = answer.device_bytes - answer.weights_bytes
+    assert any(f"takes {gib(fullest)} beside its weights: max_memory" in w for w in answer.warnings)
     assert any("--offload layers" in w for w in answer.warnings)
     asked = estimate(gpu="780MB", dtype="fp32", ctx=64, offload=["layers"])
     assert asked.placement == answer.placement

@@ -1,6 +1,6 @@
 """Several GPUs of a named size without a way to split: the model is placed over them as `device_map="auto"` does."""
 
-from hfvram.answer.estimate import Placement
+from hfvram.answer.estimate import Estimate, Placement
 from hfvram.answer.gpus import find_gpu
 from hfvram.memory import placement
 from hfvram.memory.bitsandbytes import ON_LOADING
@@ -73,7 +73,7 @@ def bytes_to_fit(shares: tuple[Share, ...], request: Request, device_bytes: int)
     return max(device_bytes, find_gpu(request.gpu or "")[0].memory_bytes + away)
 
 
-def notes(model: Model, request: Request, found: tuple[Placement, ...]) -> list[str]:
+def notes(request: Request, found: tuple[Placement, ...], fullest: Estimate) -> list[str]:
     """What is assumed of several GPUs, and what follows from where modules landed."""
     if not found:
         return []
@@ -90,6 +90,11 @@ def notes(model: Model, request: Request, found: tuple[Placement, ...]) -> list[
         total = gib(sum(x.weights_bytes for x in away))
         said.append(
             f"{total} of weights come to the first GPU for every token; --offload layers says that this is meant"
+        )
+    if fullest.device_bytes > find_gpu(request.gpu or "")[0].memory_bytes:
+        beside = gib(fullest.device_bytes - fullest.weights_bytes)
+        said.append(
+            f"the fullest GPU takes {beside} beside its weights: max_memory in from_pretrained can leave that free"
         )
     return said
 

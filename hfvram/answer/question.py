@@ -199,11 +199,11 @@ def _by_formula(model: Model, request: Request, notes: list[str]) -> Estimate:
         (share, _estimate(model, request, at_peak(share.timeline, request.expandable_segments), notes))
         for share in placing.shares_of(model, request)
     ]
-    if mesh_of(request).model > 1:  # nothing of that kind was measured
+    if mesh_of(request).model > 1 or placing.is_placed(request):  # nothing of that kind was measured
         kinds = [(share, replace(found, items=derived(found.items))) for share, found in kinds]
-    where = placing.placements(model, request)
-    notes += placing.notes(model, request, where)
     fullest = max((found for _, found in kinds), key=lambda found: found.device_bytes)
+    where = placing.placements(model, request)
+    notes = [*notes, *placing.notes(request, where, fullest)]
     if (request.gpus or 1) == 1:
         return fullest
     warnings = (*model.warnings, *notes)
