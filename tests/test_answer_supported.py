@@ -13,7 +13,6 @@ NOT_YET: list[tuple[dict[str, Any], str]] = [
     ({"cache": "offloaded"}, "dynamic, static"),
     ({"cache": "quantized"}, "dynamic, static"),
     ({"cache": "paged"}, "dynamic, static"),
-    ({"tp": 2}, "1"),
     ({"pp": 2}, "1"),
     ({"ep": 8}, "1"),
     ({"cp": 2}, "1"),

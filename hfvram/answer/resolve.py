@@ -10,6 +10,7 @@ from hfvram.memory.bitsandbytes import ON_LOADING
 from hfvram.memory.forward import ELEMENT_BYTES, Forward
 from hfvram.memory.generation import MEASURED, generation
 from hfvram.memory.mesh import mesh_of
+from hfvram.memory.tensor_parallel import NO_PLAN
 from hfvram.memory.training.deepspeed import BUCKET_ELEMENTS, auto_bucket
 from hfvram.memory.weights import DEQUANTIZED, packed_bits
 from hfvram.model.architecture import Architecture
@@ -69,7 +70,7 @@ def resolve(architecture: Architecture, request: Request) -> tuple[Request, list
         offload.check(architecture, request)
         warnings.append(OFFLOADED)
     if (gpus := mesh_of(request).gpus) > 1:
-        warnings += _several(request, gpus)
+        warnings += _several(architecture, request, gpus)
     if request.zero:
         warnings += _deepspeed(architecture, request, dtype)
     attention = _attention(architecture, request)
@@ -125,7 +126,7 @@ def _derived(capability: str, dtype: str) -> str:
     return f"{said}; none of them takes bf16, as --dtype fp16 would allow" if dtype == "bf16" and not gpu.bf16 else said
 
 
-def _several(request: Request, gpus: int) -> list[str]:
+def _several(architecture: Architecture, request: Request, gpus: int) -> list[str]:
     """What is assumed of several GPUs."""
     if request.mode == "inference" and mesh_of(request).model == 1:
         return _whole(request, gpus)
@@ -135,6 +136,8 @@ def _several(request: Request, gpus: int) -> list[str]:
         said.append("hybrid_shard shards within nodes of 8 GPUs and replicates over nodes")
     if request.pp > 1:
         said.append(PIPELINE)
+    if request.tp > 1 and architecture.model_type in NO_PLAN and request.method != "simulate":
+        said.append(f"--tp as Megatron-LM splits: transformers has no plan for {architecture.model_type}")
     if request.sp and request.mode != "inference":
         said.append(
             "--sp as PyTorch's DTensor runs it: what attention and MLP gather stays for the backward pass, "

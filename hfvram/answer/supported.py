@@ -12,7 +12,6 @@ SUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
     "engine": ("transformers", "vllm", "sglang"),
     "method": ("auto", "formula", "simulate", "guide"),
     "cache": ("dynamic", "static"),
-    "tp": (1,),
     "pp": (1,),
     "ep": (1,),
     "cp": (1,),
@@ -21,7 +20,7 @@ SUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
     "fsdp": (None, "full_shard", "shard_grad_op", "hybrid_shard"),
     "offload": ((), ("experts",), ("layers",)),
 }
-BY_SIMULATE: Final = ("tp", "sp")
+BY_SIMULATE: Final = ("sp",)
 """Options of which the exact engine answers every value."""
 SIMULATED_CACHES: Final = ("offloaded", "quantized")
 """Caches that only the exact engine answers: transformers' own code moves and packs them."""

@@ -5,7 +5,7 @@ b sequences of s new tokens that attend to t, a heads of size d, a_kv KV heads, 
 
 from dataclasses import replace
 
-from hfvram.memory.blocks import HIDDEN, normalize, project, rotate
+from hfvram.memory.blocks import HIDDEN, normalize, project, rotate, split_project
 from hfvram.memory.forward import Forward
 from hfvram.memory.scores import MATH, SCORES, eager_weights
 from hfvram.memory.timeline import Tag, Timeline
@@ -38,7 +38,8 @@ def attention(t: Timeline, f: Forward, part: Attention, cache: list[int]) -> tup
     key: list[int]
     value: list[int]
     if part.fused_qkv:
-        query, key, value = [], [], [project(t, f, part.hidden_size, q_width + k_width + v_width, QUERY)]
+        query, key = [], []
+        value = [split_project(t, f, part.params, part.hidden_size, q_width + k_width + v_width, QUERY)]
         if part.groups == "expanded":
             sliced, k_bytes = value, q_bytes
             query, key, value = ([t.alloc(q_bytes, tag)] for tag in (QUERY, KEY_VALUE, KEY_VALUE))
@@ -47,7 +48,7 @@ def attention(t: Timeline, f: Forward, part: Attention, cache: list[int]) -> tup
         query, key, value = [first], [], []
         if part.cached or not part.causal:  # else they are another layer's
             key = _projection(t, f, part, k_width, KEY_VALUE)
-            value = [project(t, f, part.hidden_size, v_width, KEY_VALUE)]
+            value = [split_project(t, f, part.params, part.hidden_size, v_width, KEY_VALUE)]
     joined = False
     if part.rotary and part.rotary.sliced:
         size = part.rotary.dim * f.bytes(1)
@@ -86,7 +87,7 @@ def attention(t: Timeline, f: Forward, part: Attention, cache: list[int]) -> tup
     if part.output_apart:
         t.free(*inputs)
         inputs = []
-    projected = project(t, f, part.heads * part.value_dim, part.hidden_size, HIDDEN)
+    projected = split_project(t, f, part.params, part.heads * part.value_dim, part.hidden_size, HIDDEN, "rows")
     t.free(out, *inputs)
     return projected, kept
 
@@ -120,7 +121,7 @@ def _heads(part: Attention) -> tuple[tuple[int, int], ...]:
 def _projection(t: Timeline, f: Forward, part: Attention, width: int, tag: Tag) -> list[int]:
     """One projection, and its norm where the model has one; beside the queries a copy of their gate, if they have."""
     gated = part.output_gate and tag is QUERY
-    projected = project(t, f, part.hidden_size, 2 * width if gated else width, tag)
+    projected = split_project(t, f, part.params, part.hidden_size, 2 * width if gated else width, tag)
     gate = [t.alloc(f.bytes(width), tag)] if gated else []
     if part.qk_norm is None:
         return [projected, *gate]

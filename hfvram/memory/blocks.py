@@ -9,6 +9,7 @@ from typing import Literal
 
 from hfvram.memory.forward import Forward
 from hfvram.memory.timeline import Tag, Timeline
+from hfvram.model.layers import Param
 
 HIDDEN = Tag("hidden states", "activations", "b·s·h·e", "transformers 5.17: residual stream of a decoder layer")
 NORM = Tag("normalization in fp32", "activations", "b·s·h·4", "transformers 5.17: LlamaRMSNorm.forward")
@@ -57,6 +58,33 @@ def project(t: Timeline, f: Forward, inputs: int, outputs: int, tag: Tag) -> int
         t.free(quantized, *cast)
         return half
     return t.alloc(f.bytes(outputs), tag)
+
+
+def split_project(
+    t: Timeline, f: Forward, params: tuple[Param, ...], inputs: int, outputs: int, tag: Tag, how: str = "columns"
+) -> int:
+    """A linear layer of which a tensor parallel rank may have a part: of columns, which are gathered where the code
+    reads all of them, or of rows, whose products are summed in place, a bias added after it in another tensor.
+
+    Source: transformers 5.17, distributed/tensor_parallel.py; PyTorch 2.13, distributed/tensor/_redistribute.py.
+    """
+    splits = [p for p in params if p.split and p.split.how.startswith(how)]
+    split = splits[0].split if splits else None
+    if split is None:
+        return project(t, f, inputs, outputs, tag)
+    own = [t.alloc(f.bytes(inputs) // split.ranks, tag)] if split.how == "rows of parts" else []
+    gathered = split.how == "columns, gathered"
+    out = project(t, f, inputs, outputs // split.ranks if gathered else outputs, tag)
+    t.free(*own)
+    if gathered:
+        buffer, parts, whole = (t.alloc(f.bytes(outputs), tag) for _ in range(3))
+        t.free(buffer, parts, out)
+        return whole
+    if how == "rows" and any(p.kind == "bias" for p in splits):
+        added = t.alloc(f.bytes(outputs), tag)
+        t.free(out)
+        return added
+    return out
 
 
 def rotate(t: Timeline, nbytes: int, rotated: int, tag: Tag) -> int:

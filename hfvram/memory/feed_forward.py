@@ -4,7 +4,7 @@ b sequences of s tokens, h hidden size, f width, E experts, k chosen for each to
 Source: transformers 5.17, models/{llama, phi3, mixtral}/modeling_*.py and integrations/moe.py.
 """
 
-from hfvram.memory.blocks import HIDDEN, activate, project
+from hfvram.memory.blocks import HIDDEN, activate, project, split_project
 from hfvram.memory.forward import Forward
 from hfvram.memory.timeline import Tag, Timeline
 from hfvram.model.layers import FeedForward, MixtureOfExperts
@@ -43,7 +43,7 @@ def dense(
     """A dense feed-forward of these sizes; a mixture's shared expert is one, too."""
     nbytes = f.bytes(width)
     if part.gated and part.fused_gate_up:
-        both = project(t, f, hidden, 2 * width, WIDE)
+        both = split_project(t, f, part.params, hidden, 2 * width, WIDE)
         act = activate(t, nbytes, part.activation)
         product = t.alloc(nbytes, PRODUCT)
         t.free(act, both)
@@ -60,7 +60,7 @@ def dense(
             t.free(source.pop())
         product = activate(t, nbytes, part.activation)
         t.free(up)
-    out = project(t, f, width, hidden, HIDDEN)
+    out = split_project(t, f, part.params, width, hidden, HIDDEN, "rows")
     t.free(product)
     return out
 

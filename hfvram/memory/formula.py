@@ -11,6 +11,7 @@ from hfvram.memory.generation import generation
 from hfvram.memory.mesh import mesh_of
 from hfvram.memory.offload import divide
 from hfvram.memory.placement import DeviceMap
+from hfvram.memory.tensor_parallel import check_modes, part_of
 from hfvram.memory.timeline import Timeline
 from hfvram.memory.weights import standing
 from hfvram.model.architecture import Architecture
@@ -29,9 +30,14 @@ class Share(NamedTuple):
 def shares(architecture: Architecture, request: Request) -> tuple[Share, ...]:
     """The GPUs of a request by what they hold: one share for each kind that differs. Raises `usage` as `timeline`."""
     mesh = mesh_of(request)
+    if mesh.tp > 1:
+        check_modes(architecture, request)
     if mesh.pp > 1:
         return tuple(_stages(architecture, request, mesh.gpus // mesh.pp))
-    return (Share("all", mesh.gpus, timeline(architecture, request)),)
+    found = timeline(part_of(architecture, mesh.tp), request)
+    if mesh.tp > 1 and request.mode == "train":
+        found.trainable_parameters = architecture.parameters
+    return (Share("all", mesh.gpus, found),)
 
 
 def _stages(architecture: Architecture, request: Request, gpus: int) -> Iterator[Share]:

@@ -35,7 +35,8 @@ class Stack:
         for i, layer in enumerate(self.layers):
             if i not in self.repeated:
                 for p in layer.all_params():
-                    yield Param(f"{self.prefix}.{i}.{p.name}" if self.prefix else p.name, p.shape, p.kind, p.dtype)
+                    name = f"{self.prefix}.{i}.{p.name}" if self.prefix else p.name
+                    yield Param(name, p.shape, p.kind, p.dtype, p.split)
         yield from self.after
 
 
@@ -93,8 +94,8 @@ class Architecture:
     @cached_property
     def generates(self) -> bool:
         """Whether the class has a head over the vocabulary: a bare model (of embeddings, say) has none."""
-        heads = (p for p in (*self.head, *self.text.after) if p.kind == "head" and p.shape[0] == self.vocab_size)
-        return self.tied_head or any(heads)
+        heads = (p for p in (*self.head, *self.text.after) if p.kind == "head")
+        return self.tied_head or any(p.split or p.shape[0] == self.vocab_size for p in heads)
 
     @cached_property
     def all_params(self) -> tuple[Param, ...]:

@@ -7,11 +7,21 @@ A new kind of layer is a dataclass here, a line where its family is read (`famil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 ParamKind = Literal[
     "linear", "linear_subclass", "experts", "embedding", "head", "norm", "bias", "conv", "other", "buffer", "adapter"
 ]
+
+
+class Split(NamedTuple):
+    """A part of a layer that `ranks` share: of a product's outputs, which stay parts or are gathered; of its inputs,
+    which are parts already or are cut; or of an embedding's tokens."""
+
+    how: Literal["columns", "columns, gathered", "rows", "rows of parts", "vocabulary"]
+    ranks: int
+
+
 Activation = str  # transformers' ACT2FN names: "silu", "gelu", "gelu_new", "relu2", …
 
 
@@ -28,6 +38,8 @@ class Param:
     shape: tuple[int, ...]
     kind: ParamKind = "linear"
     dtype: str | None = None
+    split: Split | None = None
+    """Where this is one tensor parallel rank's part of it."""
 
     @property
     def numel(self) -> int:

@@ -12,8 +12,9 @@ from hfvram.memory.training import bert, gpt, opt, selection, t5
 from hfvram.memory.training import operators as op
 from hfvram.memory.training.attention import attention
 from hfvram.memory.training.blocks import DROPPED, HIDDEN, normalize, unknown
+from hfvram.memory.training.collectives import embedding, product
 from hfvram.memory.training.feed_forward import feed_forward
-from hfvram.memory.training.kinds import Kind, kind_of
+from hfvram.memory.training.kinds import kind_of
 from hfvram.memory.training.latent import latent_attention
 from hfvram.memory.training.mixture import mixture, routed_then_shared
 from hfvram.memory.training.routing import BALANCE, balance
@@ -61,12 +62,12 @@ def forward(
         raise unknown(f"z_loss_coefficient of {architecture.class_name}")
     if kind.wide_logits:
         cast = op.to(t, hidden, (states.head or states.before)[0].tensor.dtype, HIDDEN)
-        wide = head(t, states, cast, bias)
+        wide = head(t, architecture, states, cast, bias)
         del cast
         logits = op.to(t, wide, "fp32", WIDE_LOGITS)
         del wide
     else:
-        logits = head(t, states, hidden, bias)
+        logits = head(t, architecture, states, hidden, bias)
     if kind.multiplied or kind.scaled_logits:
         logits = op.scale(t, logits, LOGITS)
     if architecture.logits_softcap:
@@ -82,11 +83,16 @@ def forward(
     return loss, held
 
 
-def head(t: Tape, states: States, hidden: Tensor, bias: Tensor | None) -> Tensor:
+def head(t: Tape, architecture: Architecture, states: States, hidden: Tensor, bias: Tensor | None) -> Tensor:
     """The head's own weight, or that of the embedding that it is tied to."""
     if states.head:
         return project(t, hidden, states.head[0], bias, LOGITS)
-    return op.linear(t, hidden, states.before[0].original, bias, LOGITS)
+    table = states.before[0]
+    split = table.param.split
+    if split:  # logits are gathered, unless the model itself knows a part of the vocabulary alone
+        gathers = table.param.shape[0] < architecture.vocab_size
+        split = split._replace(how="columns, gathered" if gathers else "columns")
+    return product(t, op.linear, hidden, table.original, bias, split, LOGITS)
 
 
 def decode(
@@ -102,7 +108,7 @@ def decode(
     a pipeline has `received` hidden states instead."""
     kind = kind_of(architecture)
     if received is None:
-        embedded = embed(t, states, ids, kind, request)
+        embedded = embed(t, architecture, states, ids, request)
     else:
         embedded, kind = received, replace(kind, embedding="tokens", scaled="no")
     around = Surroundings(architecture.class_name, kind, request)
@@ -171,9 +177,10 @@ def through(
     return hidden
 
 
-def embed(t: Tape, states: States, ids: Tensor, kind: Kind, request: Request) -> Tensor:
+def embed(t: Tape, architecture: Architecture, states: States, ids: Tensor, request: Request) -> Tensor:
     """The tokens' embeddings; `enable_input_require_grads` where adapters are trained under checkpointing."""
-    embedded = op.embedding(t, ids, states.before[0].tensor, EMBEDDED)
+    table, kind = states.before[0], kind_of(architecture)
+    embedded = embedding(t, ids, table.tensor, table.param.split, architecture.vocab_size, EMBEDDED)
     if kind.scales_itself:
         number = None if embedded.dtype == request.dtype else t.new((), embedded.dtype, None, EMBEDDED)
         embedded = op.scale(t, embedded, EMBEDDED)

@@ -430,9 +430,11 @@ def wide(t: Tape, x: Tensor) -> Tensor:
     return to(t, x, "fp32") if t.autocast is not None and x.dtype == t.autocast else x
 
 
-def linear(t: Tape, x: Tensor, weight: Tensor, bias: Tensor | None = None, tag: Tag | None = None) -> Tensor:
+def linear(
+    t: Tape, x: Tensor, weight: Tensor, bias: Tensor | None = None, tag: Tag | None = None, shared: bool = False
+) -> Tensor:
     """x · weightᵀ + bias over the last dimension. The input is kept for the weight's gradient, the weight for the
-    input's."""
+    input's. `shared`: of a bias that every tensor parallel rank adds, each makes its part."""
     bias = None if bias is None else low(t, bias)
     weight = low(t, weight)
     x = low(t, x)
@@ -449,7 +451,9 @@ def linear(t: Tape, x: Tensor, weight: Tensor, bias: Tensor | None = None, tag: 
         gradient = partial(_by_columns, gradient)
     node = t.record(gradient, operands, flat if weight.node else None, weight if flat.node else None)
     t.multiplies(biased=bias is not None)
+    part = t.new(bias.shape, bias.dtype, None, tag) if shared and bias is not None else None
     out = attach(t.new((flat.shape[0], outputs), x.dtype, None, tag), node)
+    del part
     return out if len(shape) == 2 else reshape(t, out, *shape[:-1], outputs)
 
 
@@ -493,8 +497,8 @@ def _of_input(t: Tape, grad: Tensor, weight: Tensor | None) -> Tensor | None:
     return None if weight is None else t.new((grad.shape[0], weight.shape[1]), grad.dtype)
 
 
-def conv1d(t: Tape, x: Tensor, weight: Tensor, bias: Tensor, tag: Tag | None = None) -> Tensor:
-    """GPT-2's linear layer, whose weight lies as (inputs, outputs)."""
+def conv1d(t: Tape, x: Tensor, weight: Tensor, bias: Tensor, tag: Tag | None = None, shared: bool = False) -> Tensor:
+    """GPT-2's linear layer, whose weight lies as (inputs, outputs). `shared` as in `linear`."""
     inputs, outputs = weight.shape
     flat = reshape(t, x, -1, inputs)
     weight = low(t, weight)
@@ -502,7 +506,9 @@ def conv1d(t: Tape, x: Tensor, weight: Tensor, bias: Tensor, tag: Tag | None = N
     bias = low(t, bias)
     node = t.record(_conv1d, (flat, weight, bias), flat if weight.node else None, weight if flat.node else None)
     t.multiplies(biased=True)
+    part = t.new(bias.shape, bias.dtype, None, tag) if shared else None
     out = attach(t.new((flat.shape[0], outputs), flat.dtype, None, tag), node)
+    del part
     return reshape(t, out, *x.shape[:-1], outputs)
 
 
@@ -624,11 +630,12 @@ def _batched(t: Tape, saved: Saved, grads: Grads) -> Found:
 
 def embedding(t: Tape, ids: Tensor, weight: Tensor, tag: Tag | None = None) -> Tensor:
     """Rows of a table. Its gradient is as large as the table, and many tokens are sorted for it."""
-    node = t.record(partial(_embedded, weight.shape), (weight,), ids)
+    node = t.record(partial(of_rows, weight.shape), (weight,), ids)
     return attach(t.new((*ids.shape, weight.shape[1]), weight.dtype, None, tag), node)
 
 
-def _embedded(shape: Shape, t: Tape, saved: Saved, grads: Grads) -> Found:
+def of_rows(shape: Shape, t: Tape, saved: Saved, grads: Grads) -> Found:
+    """The gradient of a table of which rows were taken."""
     (ids,) = saved
     assert ids is not None
     out = t.new(shape, first(grads).dtype)

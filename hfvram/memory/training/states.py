@@ -8,6 +8,7 @@ from typing import Final
 from hfvram.memory.timeline import Tag
 from hfvram.memory.training import operators as op
 from hfvram.memory.training.blocks import unknown
+from hfvram.memory.training.collectives import product
 from hfvram.memory.training.kinds import WITH_TOWERS, NormOrder, kind_of
 from hfvram.memory.training.packed import Packed
 from hfvram.memory.training.packed import product as packed_product
@@ -81,9 +82,8 @@ def _low_rank(t: Tape, x: Tensor, a: Tensor, b: Tensor, p: float) -> Tensor:
 def _base(t: Tape, x: Tensor, leaf: Leaf, bias: Tensor | None, tag: Tag | None, transposed: bool) -> Tensor:
     if leaf.packed is not None:
         return packed_product(t, x, leaf.packed, leaf.tensor, bias, tag)
-    if transposed and bias is not None:
-        return op.conv1d(t, x, leaf.tensor, bias, tag)
-    return op.linear(t, x, leaf.tensor, bias, tag)
+    run = op.conv1d if transposed and bias is not None else op.linear
+    return product(t, run, x, leaf.tensor, bias, leaf.param.split, tag)
 
 
 class Weights:
@@ -119,9 +119,10 @@ class Weights:
             raise unknown("a layer whose parameters stand in another order than its code takes them")
         leaf = self.rest.pop()
         bias = self.take() if kinds[0] == "bias" else None
-        shape = leaf.tensor.shape
-        turned = bias is not None and self.transposed and shape == (x.shape[-1], bias.shape[0])
-        if shape[0 if turned else 1] != x.shape[-1]:
+        shape, split = leaf.tensor.shape, leaf.param.split
+        width = x.shape[-1] // (split.ranks if split and split.how == "rows of parts" else 1)
+        turned = bias is not None and self.transposed and shape == (width, bias.shape[0])
+        if shape[0 if turned else 1] != width:
             raise unknown("a layer whose parameters stand in another order than its code takes them")
         return project(t, x, leaf, bias, tag, turned)
 

@@ -1,0 +1,150 @@
+"""Tensor parallelism by formula: one rank's part of a model is a model itself, of fewer heads and narrower layers.
+
+transformers splits by each type's `base_model_tp_plan`: products of columns, then of rows, the head's logits gathered;
+a type without a plan is split as Megatron-LM does it, whose embedding, logits and loss are parts of the vocabulary.
+Every part but the last of an uneven vocabulary is alike; ranks never differ in heads or widths.
+
+Source: transformers 5.17, models/*/configuration_*.py, distributed/tensor_parallel.py; Megatron-LM (arXiv 1909.08053),
+megatron/core/tensor_parallel/layers.py, cross_entropy.py.
+"""
+
+from dataclasses import replace
+from functools import lru_cache
+from math import gcd
+from typing import Any, Final
+
+from hfvram.errors import HfvramError
+from hfvram.model.architecture import Architecture
+from hfvram.model.layers import Attention, FeedForward, Layer, Mixer, Param, Split
+from hfvram.request import Request
+
+COLUMNS: Final = (
+    *("q_proj", "k_proj", "v_proj", "query_key_value", "c_attn"),
+    *("gate_proj", "up_proj", "c_fc", "fc1", "fc_in", "dense_h_to_4h"),
+)
+ROWS: Final = ("o_proj", "out_proj", "dense", "down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h")
+FUSED: Final = ("qkv_proj", "gate_up_proj")
+"""Products that the code slices: gathered, and the product after them takes its part of what it is given."""
+GATHERED: Final = ("olmo2", "olmo3")
+"""Types whose queries, keys and values are gathered, since a norm reads all of them."""
+NO_PLAN: Final = ("gpt2", "gpt_bigcode", "bloom", "opt", "hunyuan_v1_dense", "nemotron", "stablelm")
+"""Types for which transformers has no plan."""
+TRANSPOSED: Final = ("gpt2",)
+"""Types whose linear layers are `Conv1D`."""
+
+
+@lru_cache(maxsize=256)
+def part_of(architecture: Architecture, tp: int) -> Architecture:
+    """What one of `tp` ranks holds. Raises `usage` where heads or widths can't be split evenly, or by no known plan."""
+    if tp == 1:
+        return architecture
+    check(architecture, tp)
+    stack = architecture.text
+    made: dict[int, Layer] = {}
+    layers = []
+    for layer in stack.layers:
+        if id(layer) not in made:
+            made[id(layer)] = _layer(layer, architecture.model_type, tp)
+        layers.append(made[id(layer)])
+    megatron = architecture.model_type in NO_PLAN
+    before = stack.before
+    if megatron or not architecture.head:  # a tied head's table is split as the head
+        before = (_rows_of_vocabulary(before[0], tp), *before[1:])
+    local = replace(stack, layers=tuple(layers), before=before)
+    head = tuple(_head(p, Split("columns" if megatron else "columns, gathered", tp)) for p in architecture.head)
+    vocabulary = -(-architecture.vocab_size // tp) if megatron else architecture.vocab_size
+    return replace(architecture, stacks=(local,), head=head, vocab_size=vocabulary)
+
+
+def check(architecture: Architecture, tp: int) -> None:
+    """Raises `usage` for a model that has no split, with the valid numbers for one whose heads can't be split so."""
+    if len(architecture.stacks) != 1 or architecture.adapter:
+        raise unknown(architecture.class_name)
+    parts = [m for layer in architecture.text.layers for m in layer.mixers]
+    feeds = [layer.feed_forward for layer in architecture.text.layers]
+    if not all(isinstance(m, Attention) for m in parts) or not all(isinstance(f, FeedForward) for f in feeds):
+        raise unknown(architecture.class_name)
+    heads = sorted({n for m in parts if isinstance(m, Attention) for n in (m.heads, m.kv_heads)})
+    if any(n % tp for n in heads):
+        shown = " and ".join(map(str, heads))
+        raise HfvramError("usage", f"--tp {tp} does not divide {shown} heads: valid are {divisors(gcd(*heads))}")
+    widths = sorted({f.intermediate_size for f in feeds if isinstance(f, FeedForward)})
+    if any(n % tp for n in widths):
+        shown = " and ".join(map(str, widths))
+        raise HfvramError("usage", f"--tp {tp} does not divide the width {shown}: valid are {divisors(gcd(*widths))}")
+    if architecture.head and architecture.vocab_size % tp and architecture.model_type not in NO_PLAN:
+        raise HfvramError("usage", f"--tp {tp} does not divide the vocabulary of {architecture.vocab_size:,} tokens")
+
+
+def check_modes(architecture: Architecture, request: Request) -> None:
+    """Raises `usage` for adapters and packed weights, which no formula splits."""
+    quant = architecture.quantization if request.quant == "auto" else request.quant
+    if quant not in (None, "none"):
+        raise HfvramError("usage", f"--tp can't split weights of --quant {quant}: valid is --quant none")
+    if request.mode not in ("train", "inference"):
+        raise unknown(f"--mode {request.mode}")
+
+
+def divisors(n: int) -> str:
+    """All of them, in words.
+
+    >>> divisors(12)
+    '1, 2, 3, 4, 6, 12'
+    """
+    small = [d for d in range(1, int(n**0.5) + 1) if n % d == 0]
+    return ", ".join(map(str, sorted({*small, *(n // d for d in small)})))
+
+
+def unknown(what: str) -> HfvramError:
+    """The error for what no formula splits."""
+    return HfvramError("usage", f"--tp has no formula for {what} yet: --method simulate runs the model's own code")
+
+
+def _layer(layer: Layer, model_type: str, tp: int) -> Layer:
+    mixers = tuple(_mixer(m, model_type, tp) for m in layer.mixers)
+    feed = layer.feed_forward
+    assert isinstance(feed, FeedForward)
+    fused = any(_module(p) in FUSED for p in feed.params)
+    feed = replace(
+        feed,
+        intermediate_size=feed.intermediate_size if fused else feed.intermediate_size // tp,
+        params=tuple(_param(p, fused, model_type in TRANSPOSED, tp) for p in feed.params),
+    )
+    return replace(layer, mixers=mixers, feed_forward=feed)
+
+
+def _mixer(part: Mixer, model_type: str, tp: int) -> Mixer:
+    assert isinstance(part, Attention)
+    gathered = model_type in GATHERED or any(_module(p) in FUSED for p in part.params)
+    sizes: dict[str, Any] = {} if gathered else {"heads": part.heads // tp, "kv_heads": part.kv_heads // tp}
+    return replace(part, params=tuple(_param(p, gathered, model_type in TRANSPOSED, tp) for p in part.params), **sizes)
+
+
+def _module(param: Param) -> str:
+    return param.name.split(".")[-2] if "." in param.name else ""
+
+
+def _param(param: Param, gathered: bool, transposed: bool, tp: int) -> Param:
+    """A parameter's part: rows of the weight for split outputs, columns for split inputs (of a `Conv1D` vice versa)."""
+    outputs = int(transposed and len(param.shape) > 1)
+    module, bias = _module(param), param.name.endswith(".bias")
+    if param.kind == "norm" or not (module in COLUMNS or module in ROWS or module in FUSED):
+        return param
+    if module in ROWS:
+        split = Split("rows of parts" if gathered else "rows", tp)
+        return replace(param, split=split) if bias else _cut(param, len(param.shape) - 1 - outputs, tp, split)
+    return _cut(param, outputs, tp, Split("columns, gathered" if gathered else "columns", tp))
+
+
+def _cut(param: Param, dim: int, tp: int, split: Split) -> Param:
+    shape = list(param.shape)
+    shape[dim] //= tp
+    return replace(param, shape=tuple(shape), split=split)
+
+
+def _rows_of_vocabulary(param: Param, tp: int) -> Param:
+    return replace(param, shape=(-(-param.shape[0] // tp), *param.shape[1:]), split=Split("vocabulary", tp))
+
+
+def _head(param: Param, split: Split) -> Param:
+    return replace(param, shape=(-(-param.shape[0] // split.ranks), *param.shape[1:]), split=split)
