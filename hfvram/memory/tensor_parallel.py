@@ -14,6 +14,7 @@ from math import gcd
 from typing import Any, Final
 
 from hfvram.errors import HfvramError
+from hfvram.memory.mesh import mesh_of
 from hfvram.model.architecture import Architecture
 from hfvram.model.layers import Attention, FeedForward, Layer, Mixer, Param, Split
 from hfvram.request import Request
@@ -27,7 +28,13 @@ FUSED: Final = ("qkv_proj", "gate_up_proj")
 """Products that the code slices: gathered, and the product after them takes its part of what it is given."""
 GATHERED: Final = ("olmo2", "olmo3")
 """Types whose queries, keys and values are gathered, since a norm reads all of them."""
-NO_PLAN: Final = ("gpt2", "gpt_bigcode", "bloom", "opt", "hunyuan_v1_dense", "nemotron", "stablelm")
+PLANNED: Final = (
+    *("llama", "mistral", "qwen2", "qwen3", "starcoder2", "arcee", "cwm", "granite", "phi3", "seed_oss", "gpt_neox"),
+    *("gemma", "gemma2", "gemma3_text", "smollm3", "ministral", "ministral3", "nanochat", "olmo", *GATHERED, "exaone4"),
+    *("helium", "ernie4_5", "glm", "glm4", "phi", "cohere", "cohere2"),
+)
+"""Types whose plan was held against transformers' own code."""
+NO_PLAN: Final = ("gpt2", "gpt_bigcode", "bloom", "opt", "nemotron", "stablelm")
 """Types for which transformers has no plan."""
 TRANSPOSED: Final = ("gpt2",)
 """Types whose linear layers are `Conv1D`."""
@@ -58,7 +65,9 @@ def part_of(architecture: Architecture, tp: int) -> Architecture:
 
 def check(architecture: Architecture, tp: int) -> None:
     """Raises `usage` for a model that has no split, with the valid numbers for one whose heads can't be split so."""
-    if len(architecture.stacks) != 1 or architecture.adapter:
+    if architecture.model_type not in (*PLANNED, *NO_PLAN) or architecture.task != "causal":
+        raise unknown(f"model type {architecture.model_type}")
+    if len(architecture.stacks) != 1 or architecture.adapter or not architecture.generates:
         raise unknown(architecture.class_name)
     parts = [m for layer in architecture.text.layers for m in layer.mixers]
     feeds = [layer.feed_forward for layer in architecture.text.layers]
@@ -77,12 +86,17 @@ def check(architecture: Architecture, tp: int) -> None:
 
 
 def check_modes(architecture: Architecture, request: Request) -> None:
-    """Raises `usage` for adapters and packed weights, which no formula splits."""
+    """Raises `usage` for adapters and packed weights, which no formula splits, and for ways to train that the parts
+    were not held against."""
     quant = architecture.quantization if request.quant == "auto" else request.quant
     if quant not in (None, "none"):
         raise HfvramError("usage", f"--tp can't split weights of --quant {quant}: valid is --quant none")
     if request.mode not in ("train", "inference"):
         raise unknown(f"--mode {request.mode}")
+    if request.zero:
+        raise unknown(f"--zero {request.zero}")
+    if mesh_of(request).data > 1 and request.mode == "train" and not request.fsdp:
+        raise HfvramError("usage", "--tp with more --gpus trains with --fsdp: DistributedDataParallel can't hold it")
 
 
 def divisors(n: int) -> str:

@@ -15,6 +15,7 @@
 - `states`, `step`: parameters as leaves, clipping, optimizers. `stretch`: repeated layers are written five times.
 - `data_parallel`: what happens around layers on several GPUs; `fsdp`, `ddp`, `zero` (with
   `deepspeed`, its defaults): what it is.
+- `collectives`: what tensor parallel ranks tell each other within a layer.
 - `train`: two steps; `timeline(architecture, request)` is the entrance.
 
 A new kind of layer is a function `(t: Tape, part, w: Weights, x: Tensor, around: Surroundings) -> Tensor` that reads
