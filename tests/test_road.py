@@ -166,7 +166,7 @@ def unsupported() -> list[tuple[str, object]]:
     refused: list[tuple[str, object]] = [
         (name, word) for name, words in CHOICES.items() if name in SUPPORTED for word in words
     ]
-    refused += [("tp", 2), ("pp", 2), ("ep", 2), ("cp", 2), ("sp", True), ("zero", 3)]
+    refused += [("pp", 2), ("ep", 2), ("cp", 2), ("sp", True), ("zero", 3)]
     refused += [("offload", ["experts"])]
     refused = [(name, value) for name, value in refused if value not in SUPPORTED[name]]
     refused += [("quant", word) for word in CHOICES["quant"] if word not in ("auto", "none", *ON_LOADING)]
