@@ -218,6 +218,16 @@ def test_what_lands_in_cpu_memory_does_not_fit_unless_that_is_asked_for() -> Non
     assert asked.fit.headroom_bytes == asked.fit.capacity_bytes - asked.device_bytes
 
 
+def test_more_gpus_are_a_way_to_fit() -> None:
+    answer = hfvram.estimate("mistralai/Mixtral-8x7B-v0.1", offline=True, gpus=2, gpu="48GB", ctx=512)
+    assert answer.fit
+    ways = {way.change: way.device_bytes for way in answer.fit.ways}
+    again = hfvram.estimate("mistralai/Mixtral-8x7B-v0.1", offline=True, gpus=4, gpu="48GB", ctx=512)
+    assert again.fit
+    assert again.fit.fits
+    assert ways["--gpus 4"] == again.device_bytes
+
+
 def test_little_cpu_memory_sends_the_rest_to_disk() -> None:
     answer = estimate(gpu="780MB", dtype="fp32", ctx=64, cpu_memory="80MB", offload=["layers"])
     assert [p.device for p in answer.placement] == ["GPU 0", "GPU 1", "cpu", "disk"]

@@ -7,6 +7,7 @@ from math import log2
 
 from hfvram.answer.estimate import Fit, Way
 from hfvram.answer.gpus import Gpu
+from hfvram.answer.placing import is_placed
 from hfvram.answer.supported import by_code
 from hfvram.errors import HfvramError
 from hfvram.request import Request
@@ -222,7 +223,7 @@ def changes(device_bytes: DeviceBytes, request: Request, capacity: int) -> list[
         found.append(lambda r: r.with_(quant="nf4"))
     if not request.offload and request.tp == 1:
         found += [lambda r: r.with_(offload=("experts",)), lambda r: r.with_(offload=("layers",))]
-    if request.gpus and request.gpus > 1:
+    if is_placed(request):
         found += [lambda r, times=times: r.with_(gpus=times * (request.gpus or 1)) for times in (2, 4)]  # type: ignore[misc]
     if request.batch > 1:
         found.append(lambda r: r.with_(batch=max(1, largest_batch(device_bytes, r, capacity, r.batch))))
