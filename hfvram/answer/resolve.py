@@ -23,6 +23,7 @@ PIPELINE = (
     "--batch is one microbatch, --grad-accum how many there are; hidden states are received when their turn comes: "
     "PyTorch's own pipelining makes the buffers of all microbatches beforehand"
 )
+EXPERTS = "each rank of --ep has a batch of its own; routing is taken to be balanced: as many tokens come as are sent"
 OFFLOADED = "what is offloaded comes for its own moment alone: nothing is fetched ahead or kept for the next token"
 DEFAULT_NEW_TOKENS = 8
 
@@ -138,6 +139,8 @@ def _several(architecture: Architecture, request: Request, gpus: int) -> list[st
         said.append(PIPELINE)
     if request.tp > 1 and architecture.model_type in NO_PLAN and request.method != "simulate":
         said.append(f"--tp as Megatron-LM splits: transformers has no plan for {architecture.model_type}")
+    if request.ep > 1:
+        said.append(EXPERTS)
     if request.sp and request.mode != "inference":
         said.append(
             "--sp as PyTorch's DTensor runs it: what attention and MLP gather stays for the backward pass, "

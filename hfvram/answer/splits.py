@@ -25,6 +25,8 @@ def check_splits(request: Request) -> None:
         raise _usage(f"{what} has no exact engine: valid is --method formula")
     if request.pp > 1:
         _check_pipeline(request)
+    elif request.ep > 1:
+        _check_experts(request)
     if request.fsdp and request.gpus == 1:
         raise _usage(f"--fsdp {request.fsdp} shards over several GPUs: valid are --gpus 2 and more")
     if other := offload - set(TRAINING_OFFLOADS):
@@ -64,6 +66,21 @@ def _check_pipeline(request: Request) -> None:
         raise _usage(f"{pp} with --mode {request.mode} is not supported yet: valid is --mode train")
     if others:
         raise _usage(f"{pp} with {' and '.join(others)} is not supported yet: valid is one of them alone")
+
+
+def _check_experts(request: Request) -> None:
+    """Raises `usage` for what experts of several ranks were not worked out with."""
+    ep = f"--ep {request.ep}"
+    if request.method == "simulate":
+        raise _usage(f"{ep} has no exact engine: valid is --method formula")
+    if request.mode != "train":
+        raise _usage(f"{ep} with --mode {request.mode} is not supported yet: valid is --mode train")
+    others = [f"--{name} {getattr(request, name)}" for name in ("tp", "cp") if getattr(request, name) > 1]
+    others += [f"--{name} {getattr(request, name)}" for name in ("zero", "fsdp") if getattr(request, name)]
+    others += ["--sp"] * request.sp
+    others += [f"--offload {','.join(request.offload)}"] * bool(request.offload)
+    if others:
+        raise _usage(f"{ep} with {' and '.join(others)} is not supported yet: valid are more --gpus, replicated by DDP")
 
 
 def _usage(message: str) -> HfvramError:

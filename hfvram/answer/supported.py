@@ -38,10 +38,10 @@ OPTIMIZERS: Final = (
 
 
 def simulated_by_default(request: Request) -> bool:
-    """Whether the exact engine answers where nobody says which: training but for what is DeepSpeed's, offloaded or a
-    pipeline, and caches that only it knows."""
+    """Whether the exact engine answers where nobody says which: training but for what is DeepSpeed's, offloaded, a
+    pipeline or experts apart, and caches that only it knows."""
     training = request.mode != "inference" and not request.zero and not request.offload
-    training = training and request.pp == 1
+    training = training and request.pp == request.ep == 1
     return training or request.cache in SIMULATED_CACHES
 
 
@@ -55,7 +55,7 @@ def check(request: Request) -> None:
     check_splits(request)
     for name, values in SUPPORTED.items():
         value = getattr(request, name)
-        if name in ("pp", "offload") and request.mode != "inference":
+        if name in ("pp", "ep", "offload") and request.mode != "inference":
             continue  # `splits` says what goes together
         if name == "offload" and value and request.method == "simulate":
             values = ((),)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from itertools import groupby
 from typing import NamedTuple
 
-from hfvram.memory import inference, pipeline_parallel, placement, seq2seq
+from hfvram.memory import expert_parallel, inference, pipeline_parallel, placement, seq2seq
 from hfvram.memory.forward import ELEMENT_BYTES, Forward
 from hfvram.memory.generation import generation
 from hfvram.memory.mesh import mesh_of
@@ -34,8 +34,9 @@ def shares(architecture: Architecture, request: Request) -> tuple[Share, ...]:
         check_modes(architecture, request)
     if mesh.pp > 1:
         return tuple(_stages(architecture, request, mesh.gpus // mesh.pp))
-    found = timeline(part_of(architecture, mesh.tp), request)
-    if mesh.tp > 1 and request.mode == "train":
+    part = part_of(expert_parallel.part_of(architecture, mesh.ep), mesh.tp)
+    found = timeline(part, request)
+    if mesh.model > 1 and request.mode == "train":
         found.trainable_parameters = architecture.parameters
     return (Share("all", mesh.gpus, found),)
 

@@ -8,6 +8,7 @@ Source: PyTorch 2.11, torch/nn/parallel/distributed.py; torch/csrc/distributed/c
 from collections.abc import Iterator
 from typing import Final
 
+from hfvram.memory.mesh import mesh_of
 from hfvram.memory.timeline import Tag
 from hfvram.memory.training.data_parallel import Units
 from hfvram.memory.training.states import Leaf, States
@@ -51,10 +52,16 @@ class Ddp(Units):
         self.rebuilt = False
         self.synced = True
         sums: dict[str, int] = {}
-        for dtype, nbytes in self._sizes(self.leaves):
+        mesh = mesh_of(request)
+        self.apart = mesh.ep > 1 and mesh.data == 1
+        """Whether experts are of this GPU alone: their gradients need no reduction."""
+        for dtype, nbytes in self._sizes([leaf for leaf in self.leaves if not self._alone(leaf)]):
             sums[dtype] = sums.get(dtype, 0) + nbytes
         self.handles = [t.timeline.alloc(nbytes, BUCKETS) for nbytes in sums.values()]
         self.buffers = sum(n for n, tag in t.timeline.standing.tensors if tag.category == "buffers")
+
+    def _alone(self, leaf: Leaf) -> bool:
+        return self.apart and leaf.param.kind == "experts"
 
     def _sizes(self, leaves: list[Leaf]) -> Iterator[tuple[str, int]]:
         """Dtypes and bytes of these gradients, of the layers that are left out as well."""
@@ -84,5 +91,5 @@ class Ddp(Units):
         self.synced = self.last
 
     def arrived(self, parameter: Parameter) -> None:
-        if self.last and not self.rebuilt:
+        if self.last and not self.rebuilt and not self._alone(self.owners[parameter]):
             self.came.append(self.owners[parameter])

@@ -23,6 +23,7 @@ from hfvram.model.layers import MixtureOfExperts
 GROUPED = "transformers 5.17: grouped_mm_experts_forward"
 ORDER = Tag("experts, order of tokens", "activations", "b·s·k·8", GROUPED)
 CHOSEN = Tag("experts, tokens by expert", "activations", "b·s·k·h·e", GROUPED)
+SENT = Tag("tokens exchanged with other ranks", "activations", "b·s·k·h·e", "Megatron-LM: token_dispatcher.py")
 EXPERT = Tag("experts, gate and up", "activations", "b·s·k·2·f·e", GROUPED)
 PRODUCT = Tag("experts, product", "activations", "b·s·k·f·e", GROUPED)
 WEIGHTED = Tag("experts, weighted outputs", "activations", "b·s·k·h·4", GROUPED)
@@ -53,7 +54,7 @@ def mixture(t: Tape, part: MixtureOfExperts, leaves: Sequence[Leaf], x: Tensor, 
     if part.auxiliary and t.redone is None:
         around.router_logits.append(logits)
     flat = op.reshape(t, x, b * s, h) if last else flat
-    out = experts(t, part, own, flat, weights, chosen)
+    out = experts(t, part, own, flat, weights, chosen, around.request.ep)
     if last:
         out = op.reshape(t, out, b, s, h)
         return op.add(t, out, gated(t, part.activation, shared, x), DOWN) if part.shared_intermediate_size else out
@@ -79,8 +80,17 @@ def routed_then_shared(
     return routed, op.add(t, routed, fused_gated(t, part.activation, shared, x), DOWN)
 
 
-def experts(t: Tape, part: MixtureOfExperts, own: Sequence[Leaf], x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-    """Tokens sorted by expert, the experts' products over them, weighted and put back in order."""
+def experts(
+    t: Tape,
+    part: MixtureOfExperts,
+    own: Sequence[Leaf],
+    x: Tensor,
+    weights: Tensor,
+    chosen: Tensor,
+    ranks: int = 1,
+) -> Tensor:
+    """Tokens sorted by expert, the experts' products over them, weighted and put back in order; of several `ranks`
+    sent to the ranks of their experts between, and back."""
     n, k = chosen.shape
     size = n * k
     up, down = own[0].tensor, own[1].tensor
@@ -93,12 +103,16 @@ def experts(t: Tape, part: MixtureOfExperts, own: Sequence[Leaf], x: Tensor, wei
     counts = t.new((part.experts,), "int32", None, ORDER)
     ends = t.new((part.experts,), "int32", None, ORDER)
     beyond = t.new((size,), "bool", None, ORDER).as_((size, 1), (1, 1))
+    if ranks > 1:
+        tokens = _by_expert(t, selection.exchange(t, tokens, SENT), up)
     tokens = selection.masked_in_place(t, tokens, beyond)
     out = _product(t, tokens, up, ends, EXPERT)
     out = selection.masked(t, out, beyond, EXPERT)
     out = _apply(t, part, out)
     out = _product(t, out, down, ends, CHOSEN)
     out = selection.masked(t, out, beyond, CHOSEN)
+    if ranks > 1:
+        out = selection.exchange(t, _by_expert(t, out, up), SENT)
     weighted = op.mul(t, out, op.reshape(t, sorted_weights, size, 1), WEIGHTED)
     back = t.new((size,), "int64", None, ORDER)
     count = t.new((size,), "int64", None, ORDER)
@@ -108,6 +122,13 @@ def experts(t: Tape, part: MixtureOfExperts, own: Sequence[Leaf], x: Tensor, wei
     found = op.to(t, total, x.dtype, DOWN)
     del by_expert, whole, counts
     return found
+
+
+def _by_expert(t: Tape, x: Tensor, weight: Tensor) -> Tensor:
+    """What came from each rank sorted by expert is sorted by expert over all ranks, or back."""
+    if weight.shape[0] == 1:
+        return x
+    return selection.rows(t, x, t.new((x.shape[0],), "int64", None, ORDER), CHOSEN)
 
 
 def _product(t: Tape, x: Tensor, weight: Tensor, ends: Tensor, tag: Tag) -> Tensor:

@@ -42,6 +42,17 @@ def gather(t: Tape, x: Tensor, places: Tensor, tag: Tag | None = None) -> Tensor
     return attach(t.new(places.shape, x.dtype, None, tag), node)
 
 
+def exchange(t: Tape, x: Tensor, tag: Tag | None = None) -> Tensor:
+    """All-to-all: as many rows come from other ranks as were sent to them, and so do their gradients."""
+    node = t.record(_exchanged, (x,))
+    return attach(t.new(x.shape, x.dtype, None, tag), node)
+
+
+def _exchanged(t: Tape, saved: Saved, grads: Grads) -> Found:
+    grad = first(grads)
+    return (t.new(grad.shape, grad.dtype),)
+
+
 def rows(t: Tape, x: Tensor, places: Tensor, tag: Tag | None = None) -> Tensor:
     """Rows of x by their places, which are kept: `x[places]`."""
     node = t.record(partial(_put, x.shape), (x,), places)
