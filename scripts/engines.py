@@ -15,6 +15,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,8 @@ def compare(kind: str, config: dict[str, Any], mode: str, options: dict[str, Any
     try:
         from hfvram.memory.exact.simulate import simulate
 
+        if built(json.dumps(config), architecture.class_name) != architecture.parameters:
+            return Difference(**same, why="not comparable: cut so, it is read as another model than is built")
         request, _ = resolve(architecture, Request.from_dict(asked | {"method": "simulate"}))
         exact = at_peak(simulate(config, architecture.class_name, request), False)
     except HfvramError as error:
@@ -115,6 +118,14 @@ def compare(kind: str, config: dict[str, Any], mode: str, options: dict[str, Any
         category_bytes=sums[0].get(category, 0) - sums[1].get(category, 0),
         peak_bytes=exact.allocated_bytes,
     )
+
+
+@lru_cache(maxsize=4)
+def built(config: str, class_name: str) -> int:
+    """Parameters of the model that transformers builds of a configuration."""
+    from hfvram.model import meta
+
+    return sum(p.numel for p in meta.params(meta.build(json.loads(config), class_name, "bf16")) if p.kind != "buffer")
 
 
 def by_category(found: AtPeak) -> dict[str, int]:
