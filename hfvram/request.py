@@ -26,6 +26,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 """Values of each option that takes one of a few words; the first is the default, unless None is."""
 
+PATTERNS = ("lora_targets", "freeze")
+"""Options that are names, or one regular expression: text without a comma is left as it is."""
 COUNTS = (
     *("ctx", "batch", "new_tokens", "grad_accum", "lora_r", "gpus", "tp", "pp", "ep", "cp"),
     *("max_num_seqs", "max_num_batched_tokens"),
@@ -62,6 +64,10 @@ class Request:
     lora_targets: str | tuple[str, ...] = "all-linear"
     lora_dropout: float = 0.0
     adapter_dtype: str = "fp32"
+    rslora: bool = False
+    dora: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    freeze: str | tuple[str, ...] = ()
     gpus: int | None = None
     tp: int = 1
     pp: int = 1
@@ -174,11 +180,11 @@ def _converted(name: str, value: Any) -> Any:
     types = _TYPES[name]
     if value is None and (type(None) in types or _DEFAULTS[name] is None):
         return None
-    if isinstance(_DEFAULTS[name], tuple) or name == "lora_targets":
+    if isinstance(_DEFAULTS[name], tuple) or name in PATTERNS:
         if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
             return tuple(value)
         if isinstance(value, str):
-            return value if name == "lora_targets" and "," not in value else tuple(v for v in value.split(",") if v)
+            return value if name in PATTERNS and value and "," not in value else tuple(v for v in value.split(",") if v)
     elif bool in types:
         if isinstance(value, bool):
             return value

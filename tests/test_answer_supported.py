@@ -44,6 +44,10 @@ def test_not_yet(options: dict[str, Any], valid: str) -> None:
         {"lora_targets": "q_proj"},
         {"lora_dropout": 0.1},
         {"adapter_dtype": "bf16"},
+        {"rslora": True},
+        {"dora": True},
+        {"modules_to_save": ("lm_head",)},
+        {"freeze": "embed_tokens"},
     ],
     ids=str,
 )
@@ -53,6 +57,23 @@ def test_training_options_with_inference(options: dict[str, Any]) -> None:
         check(Request(**options))
     assert caught.value.kind == "usage"
     assert "--mode inference has no use for it" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": "lora", "freeze": "mlp"},
+        {"mode": "train", "rslora": True},
+        {"mode": "train", "dora": True},
+        {"mode": "train", "modules_to_save": ("lm_head",)},
+        {"mode": "qlora", "dora": True},
+    ],
+    ids=str,
+)
+def test_options_of_one_kind_of_training(options: dict[str, Any]) -> None:
+    with pytest.raises(HfvramError, match=r"is for --mode|valid is --mode lora") as caught:
+        check(Request(**options))
+    assert caught.value.kind == "usage"
 
 
 @pytest.mark.parametrize("cache", ["offloaded", "quantized"])

@@ -29,7 +29,10 @@ SIMULATED_QUANTS: Final = ("fp8",)
 TRAINING: Final = (
     *("gradient_checkpointing", "mixed_precision", "grad_accum", "optimizer"),
     *("lora_r", "lora_targets", "lora_dropout", "adapter_dtype", "fsdp"),
+    *("rslora", "dora", "modules_to_save", "freeze"),
 )
+ONLY: Final = {"freeze": ("train",)} | dict.fromkeys(("rslora", "dora", "modules_to_save"), ("lora", "qlora"))
+"""Options of some kinds of training alone."""
 OPTIMIZERS: Final = (
     *("adamw_torch_fused", "adamw_torch", "adamw_torch_loop", "sgd", "sgd_momentum", "adagrad", "rmsprop", "adafactor"),
     *bitsandbytes.OPTIMIZERS,
@@ -78,6 +81,12 @@ def check(request: Request) -> None:
         valid = ", ".join(OPTIMIZERS)
         raise HfvramError("usage", f"--optimizer {printable(request.optimizer, 40)} is unknown: valid are {valid}")
     default = Request()
+    for name, modes in ONLY.items():
+        if request.mode not in ("inference", *modes) and getattr(request, name) != getattr(default, name):
+            option, shown = f"--{name.replace('_', '-')}", " and ".join(modes)
+            raise HfvramError("usage", f"{option} is for --mode {shown}, --mode {request.mode} has no use for it")
+    if request.dora and request.mode == "qlora":
+        raise HfvramError("usage", "--dora is not answered for packed weights: valid is --mode lora")
     for name in TRAINING:
         if request.mode == "inference" and getattr(request, name) != getattr(default, name):
             raise HfvramError(

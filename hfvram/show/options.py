@@ -59,6 +59,10 @@ GROUPS = (
         ("--lora-targets", "NAMES", "modules (all-linear)"),
         ("--lora-dropout", "P", "dropout (0)"),
         ("--adapter-dtype", "", "dtype of the adapter"),
+        ("--rslora", "", "rank-stabilized LoRA"),
+        ("--dora", "", "LoRA with magnitudes"),
+        ("--modules-to-save", "NAMES", "modules trained whole beside adapters: copies, the originals stay"),
+        ("--freeze", "NAMES", "what --mode train leaves as it is: modules, parameters or a regular expression"),
     )),
     Group("Several GPUs, offloading", (
         ("--gpus", "N", "* GPUs (the product of the next five)"),

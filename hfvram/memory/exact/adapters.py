@@ -11,6 +11,7 @@ from hfvram.memory.exact.build import DTYPES
 from hfvram.memory.exact.labels import name_tensors
 from hfvram.memory.exact.run import Run
 from hfvram.memory.timeline import Tag
+from hfvram.model.parts import saved
 from hfvram.request import Request
 
 ALPHA = 32
@@ -47,7 +48,15 @@ def adapt(run: Run, model: Any, request: Request) -> Any:
             lora_dropout=request.lora_dropout,
             target_modules=targets(request.lora_targets),
             task_type=task(model),
+            use_rslora=request.rslora,
+            use_dora=request.dora,
+            modules_to_save=list(request.modules_to_save) or None,
         )
+        if request.modules_to_save:
+            found = dict(model.named_parameters(remove_duplicate=False))
+            means = saved(found, request.modules_to_save)
+            if packed := next((name for name in found if name in means and not found[name].is_floating_point()), None):
+                raise HfvramError("usage", f"--modules-to-save: {packed} is packed, and can't be trained")
         wide = request.adapter_dtype == "fp32"
         try:
             adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=wide)
@@ -55,8 +64,8 @@ def adapt(run: Run, model: Any, request: Request) -> Any:
             reason = printable(" ".join(str(error).split()), 200)
             raise HfvramError("usage", f"--lora-targets: {reason}") from error
         if not wide:
-            for parameter in adapted.parameters():
-                if parameter.requires_grad and parameter.dtype != DTYPES[request.adapter_dtype]:
+            for name, parameter in adapted.named_parameters():
+                if ".lora_" in name and parameter.requires_grad and parameter.dtype != DTYPES[request.adapter_dtype]:
                     parameter.data = parameter.data.to(DTYPES[request.adapter_dtype])
     for parameter in adapted.parameters():
         if parameter.requires_grad and (handle := run.tracker.add(parameter)) is not None:

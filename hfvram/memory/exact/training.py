@@ -13,6 +13,7 @@ from hfvram.memory.exact.inputs import inputs
 from hfvram.memory.exact.labels import name_gradients, name_states
 from hfvram.memory.exact.optimizers import fused_on_meta, optimizer, states
 from hfvram.memory.exact.run import Run
+from hfvram.model.parts import frozen
 from hfvram.request import Request
 
 STEPS = 2
@@ -35,6 +36,10 @@ def train(run: Run, model: Any, request: Request) -> None:
         trained = adapt(run, model, request)
     else:
         trained = model
+        if request.freeze:
+            means = frozen((name for name, _ in model.named_parameters()), request.freeze)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name not in means)
     if run.mesh is not None:
         from hfvram.memory.exact.ranks import place
 
@@ -92,7 +97,8 @@ def linear(model: Any, parameters: list[Any]) -> list[bool]:
     """Which parameters are weights of linear layers, the head's left out: those that Muon, GaLore and APOLLO treat."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "module", model)
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
-    weights = {id(m.weight) for m in inner.modules() if isinstance(m, torch.nn.Linear) and m is not head}
+    head = getattr(head, "original_module", head), *getattr(head, "modules_to_save", {}).values()
+    weights = {id(m.weight) for m in inner.modules() if isinstance(m, torch.nn.Linear) and m not in head}
     return [id(p) in weights and p.dim() == 2 for p in parameters]
 
 

@@ -10,18 +10,23 @@ from dataclasses import replace
 
 from hfvram.errors import HfvramError, printable
 from hfvram.memory.bitsandbytes import ON_LOADING
+from hfvram.memory.mesh import mesh_of
 from hfvram.memory.timeline import Standing, Tag, Timeline
+from hfvram.memory.training.blocks import unknown
 from hfvram.memory.training.kinds import kind_of
 from hfvram.memory.training.packed import Packed
 from hfvram.memory.training.states import Leaf, Lora
+from hfvram.memory.training.tape import Tape
 from hfvram.memory.training.tensors import ITEM_BYTES
 from hfvram.memory.weights import WEIGHTS, param_bytes, quantized
 from hfvram.model.adapter import module_of, targeted
 from hfvram.model.architecture import Architecture
 from hfvram.model.layers import Layer, Param
+from hfvram.model.parts import frozen, saved
 from hfvram.request import Request
 
 ADAPTERS = Tag("LoRA adapters", "weights", "", "PEFT 0.21: tuners/lora/layer.py update_layer", "exact")
+COPIES = Tag("modules trained whole", "weights", "P·e", "PEFT 0.21: utils/other.py ModulesToSaveWrapper", "exact")
 
 
 class Training:
@@ -33,42 +38,80 @@ class Training:
         self.adapted = request.mode in ("lora", "qlora")
         self.quant = request.quant if request.quant in ON_LOADING else "none"
         self.packs = quantized(architecture, self.quant)
-        self.found: dict[int, frozenset[str]] = {}
-        """By the identity of a layer, its weights with an adapter."""
+        self.embedding = architecture.text.before[0].name if architecture.text.before else ""
+        self.found: dict[int, dict[str, str]] = {}
+        """By the identity of a layer, of its parameters what is done with them: `adapter`, `copy`, `frozen`."""
         self.layers = architecture.text.layers
-        self.outside: frozenset[str] = frozenset()
-        """Weights outside of layers that have one."""
+        self.outside: dict[str, str] = {}
+        """The same of parameters outside of layers."""
+        self.frozen: frozenset[str] = frozenset()
+        """Parameters that stay as they are where all others are trained."""
+        self.head: list[Param] = []
+        """The copy of a head that is tied to the embedding."""
         self.params: list[Param] = []
-        """All of the adapters' tensors."""
+        """All of the adapters' tensors, and copies that are trained whole."""
         if self.adapted:
             self._choose(architecture)
+        elif request.freeze:
+            self.frozen = frozen((p.name for p in architecture.all_params if p.kind != "buffer"), request.freeze)
+            self._mark(architecture, lambda p: "frozen" if p.name in self.frozen else None)
 
     def _choose(self, architecture: Architecture) -> None:
+        copied = self._copied(architecture)
         wanted = targeted(architecture, self.request.lora_targets)
-        text, cut = architecture.text, {}
-        outside, chosen = [], []
-        for param in (*text.before, *text.after, *architecture.head):
-            if wanted(param):
-                outside.append(param.name)
-                chosen.append(param)
-        self.outside = frozenset(outside)
-        layers = []
+
+        def what(param: Param) -> str | None:
+            return "copy" if param.name in copied else "adapter" if wanted(param) else None
+
+        chosen = self._mark(architecture, what)
+        if "adapter" not in (mark for _, mark in chosen):
+            raise _nothing(architecture, self.request)
+        for param, mark in chosen:
+            self.params += [param] if mark == "copy" else self._tensors(param)
+        self.params += self.head
+        self.outside |= {p.name: "copy" for p in self.head}
+
+    def _copied(self, architecture: Architecture) -> frozenset[str]:
+        """What PEFT trains as a copy of its own."""
+        if not (asked := self.request.modules_to_save):
+            return frozenset()
+        tied = [Param("lm_head.weight", architecture.text.before[0].shape, "head")] if architecture.tied_head else []
+        params = [*architecture.all_params, *tied]
+        copied = saved((p.name for p in params if p.kind != "buffer"), asked)
+        if packed := next((p for p in params if p.name in copied and self.packs(p)), None):
+            raise HfvramError("usage", f"--modules-to-save: {packed.name} is packed, and can't be trained")
+        self.head = [head for head in tied if head.name in copied]
+        return copied
+
+    def _mark(self, architecture: Architecture, what: Callable[[Param], str | None]) -> list[tuple[Param, str]]:
+        """What is done with parameters; layers with whom nothing, or other things, are done are layers of their own."""
+        text, cut, layers = architecture.text, dict[tuple[int, frozenset[tuple[str, str]]], Layer](), []
+        chosen = [(p, m) for p in (*text.before, *text.after, *architecture.head) if (m := what(p))]
+        self.outside = {p.name: mark for p, mark in chosen}
         for i, layer in enumerate(text.layers):
-            own = [p for p in layer.all_params() if wanted(replace(p, name=f"{text.prefix}.{i}.{p.name}"))]
+            named = ((p, what(replace(p, name=f"{text.prefix}.{i}.{p.name}"))) for p in layer.all_params())
+            own = [(p, mark) for p, mark in named if mark]
             chosen += own
-            names = frozenset(p.name for p in own)
-            key = (id(layer), names)
+            key = id(layer), frozenset((p.name, mark) for p, mark in own)
             if key not in cut:
                 cut[key] = layer if id(layer) not in self.found else replace(layer)
-                self.found[id(cut[key])] = names
+                self.found[id(cut[key])] = {p.name: mark for p, mark in own}
             layers.append(cut[key])
         self.layers = tuple(layers)
-        if not chosen:
-            raise _nothing(architecture, self.request)
-        self.params = [x for p in chosen for x in self._tensors(p)]
+        return chosen
 
     def _tensors(self, param: Param) -> Iterator[Param]:
-        """A and B around a layer."""
+        """A and B around a layer, and DoRA's magnitudes."""
+        request, dora = self.request, self.request.dora
+        if param.kind == "embedding" and not dora and param.name == self.embedding:
+            if mesh_of(request).gpus > 1 or request.zero or request.fsdp or request.offload:
+                raise unknown(f"LoRA around {param.name} over several GPUs, sharded or offloaded,")
+            module, (rows, width) = param.name.removesuffix(".weight"), param.shape
+            yield Param(f"{module}.lora_embedding_A", (request.lora_r, rows), "other", request.adapter_dtype)
+            yield Param(f"{module}.lora_embedding_B", (width, request.lora_r), "other", request.adapter_dtype)
+            return
+        if dora and (param.kind not in ("linear", "linear_subclass", "head") or self.packs(param)):
+            raise unknown(f"--dora around {param.name}{' in ' + self.quant if self.packs(param) else ''}")
         if param.kind not in ("linear", "linear_subclass", "head"):
             raise HfvramError(
                 "usage", f"--lora-targets: LoRA around {param.name} has no formula yet: --method simulate"
@@ -77,16 +120,21 @@ class Training:
         module, r, dtype = param.name.removesuffix(".weight"), self.request.lora_r, self.request.adapter_dtype
         yield Param(f"{module}.lora_A.weight", (r, inputs), "linear", dtype)
         yield Param(f"{module}.lora_B.weight", (outputs, r), "linear", dtype)
+        if dora:
+            yield Param(f"{module}.lora_magnitude_vector", (outputs,), "other", dtype)
 
     def make(self, param: Param, layer: Layer | None, segment: int | None) -> Leaf:
         """The leaf of a parameter, with its adapter."""
         request = self.request
         packed = self.packs(param)
-        leaf = Leaf(param, self.dtype(param), not self.adapted, segment)
+        mark = (self.outside if layer is None else self.found.get(id(layer), {})).get(param.name)
+        leaf = Leaf(param, self.dtype(param), mark == "copy" if self.adapted else mark != "frozen", segment)
+        if mark == "copy":
+            leaf.original = leaf.tensor.alias()
         if packed:
             shape = param.shape[::-1] if self.transposed else param.shape
             leaf.packed = Packed(self.quant, request.dtype, request.double_quant, shape)
-        if self.adapted and param.name in (self.outside if layer is None else self.found[id(layer)]):
+        if mark == "adapter":
             parts = [Leaf(p, p.dtype or "", True, segment) for p in self._tensors(param)]
             leaf.lora = Lora(tuple(parts), request.lora_dropout)
         return leaf
@@ -112,15 +160,19 @@ class Training:
         e = ITEM_BYTES[self.request.dtype]
         return [(t.alloc(p.numel * e, WEIGHTS), p.numel * 4) for p in casts]
 
-    def adapt(self, t: Timeline, casts: list[tuple[int, int]], held: Callable[[Param], Param]) -> None:
-        """Cast what is not packed, and make the adapters, of which one GPU holds a part."""
+    def adapt(self, tape: Tape, casts: list[tuple[int, int]], held: Callable[[Param], Param]) -> None:
+        """Cast what is not packed, and make the adapters, of which one GPU holds a part; magnitudes take a product."""
+        t = tape.timeline
+        if self.request.dora:
+            tape.multiplies()
         for handle, nbytes in casts:
             t.alloc(nbytes, WEIGHTS)
             t.free(handle)
         if {"params", "params=nvme"} & set(self.request.offload):
             return
         for param in map(held, self.params):
-            t.alloc(param.numel * ITEM_BYTES[param.dtype or ""], ADAPTERS)
+            adds = param.name.rpartition(".lora_")[1]
+            t.alloc(param.numel * ITEM_BYTES[self.dtype(param)], ADAPTERS if adds else COPIES)
 
 
 def _nothing(architecture: Architecture, request: Request) -> HfvramError:

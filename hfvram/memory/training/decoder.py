@@ -13,6 +13,7 @@ from hfvram.memory.training import operators as op
 from hfvram.memory.training.attention import attention
 from hfvram.memory.training.blocks import DROPPED, HIDDEN, normalize, unknown
 from hfvram.memory.training.collectives import embedding, product
+from hfvram.memory.training.dora import look_up
 from hfvram.memory.training.feed_forward import feed_forward
 from hfvram.memory.training.kinds import kind_of
 from hfvram.memory.training.latent import latent_attention
@@ -182,11 +183,17 @@ def embed(t: Tape, architecture: Architecture, states: States, ids: Tensor, requ
     table, kind = states.before[0], kind_of(architecture)
     embedded = embedding(t, ids, table.tensor, table.param.split, architecture.vocab_size, EMBEDDED)
     if kind.scales_itself:
-        number = None if embedded.dtype == request.dtype else t.new((), embedded.dtype, None, EMBEDDED)
-        embedded = op.scale(t, embedded, EMBEDDED)
-        del number
+        if embedded.dtype == request.dtype:
+            embedded = op.scale(t, embedded, EMBEDDED)
+        else:
+            embedded = op.mul(t, embedded, t.new((), embedded.dtype, None, EMBEDDED), EMBEDDED)
     if request.mode != "train" and request.gradient_checkpointing and embedded.node is None:
         embedded.node = Input(embedded)
+    if (lora := states.before[0].lora) is not None:
+        a, b = (part.tensor for part in lora.leaves)
+        place = [embedded]
+        del embedded
+        embedded = look_up(t, ids, place, a, b, request.dtype if kind.scales_itself else None)
     if kind.scaled == "first" and not kind.scales_itself:
         embedded = op.scale(t, embedded, EMBEDDED)
     return embedded

@@ -580,6 +580,24 @@ def _tanh_gelu(t: Tape, saved: Saved, grads: Grads) -> Found:
     return (t.elementwise(factor, first(grads)),)
 
 
+def product(t: Tape, a: Tensor, b: Tensor, tag: Tag | None = None) -> Tensor:
+    """`mm`: the gradient of a transposed matrix lies as it does."""
+    b = low(t, b)
+    a = low(t, a)
+    node = t.record(partial(_product, b.strides[0] == 1), (a, b), a if b.node else None, b if a.node else None)
+    t.multiplies()
+    return attach(t.new((a.shape[0], b.shape[1]), a.dtype, None, tag), node)
+
+
+def _product(turned: bool, t: Tape, saved: Saved, grads: Grads) -> Found:
+    grad, (a, b) = first(grads), saved
+    t.multiplies()
+    of_b = None
+    if a is not None:
+        of_b = t.new((a.shape[1], grad.shape[1]), grad.dtype, (1, a.shape[1]) if turned else None)
+    return None if b is None else t.new((grad.shape[0], b.shape[0]), grad.dtype), of_b
+
+
 def matmul(t: Tape, a: Tensor, b: Tensor, tag: Tag | None = None) -> Tensor:
     """A batch of products over the last two dimensions; operands that don't lie matrix after matrix are copied."""
     b = low(t, b)

@@ -9,6 +9,7 @@ from hfvram.memory.timeline import Tag
 from hfvram.memory.training import operators as op
 from hfvram.memory.training.blocks import unknown
 from hfvram.memory.training.collectives import product
+from hfvram.memory.training.dora import dora
 from hfvram.memory.training.kinds import WITH_TOWERS, NormOrder, kind_of
 from hfvram.memory.training.packed import Packed
 from hfvram.memory.training.packed import product as packed_product
@@ -49,7 +50,7 @@ class Leaf:
 
 
 class Lora:
-    """LoRA around a layer: A (r, inputs), B (outputs, r), and their dropout."""
+    """LoRA around a layer: A (r, inputs), B (outputs, r), DoRA's magnitudes (outputs), and their dropout."""
 
     __slots__ = ("dropout", "leaves")
 
@@ -63,15 +64,19 @@ def project(
 ) -> Tensor:
     """A linear layer over x, and the adapter that PEFT puts around it.
 
-    result + B(A(dropout(x)))·scaling, in the adapter's dtype and back. Source: PEFT 0.21, tuners/lora/layer.py
-    `Linear.forward`.
+    result + B(A(dropout(x)))·scaling, or what DoRA adds, in the adapter's dtype and back. Source: PEFT 0.21,
+    tuners/lora/layer.py `Linear.forward`.
     """
     result = _base(t, x, leaf, bias, tag, transposed)
     if leaf.lora is None:
         return result
-    dtype, p, (a, b) = result.dtype, leaf.lora.dropout, [part.tensor for part in leaf.lora.leaves]
+    dtype, p, (a, b, *magnitude) = result.dtype, leaf.lora.dropout, [part.tensor for part in leaf.lora.leaves]
     x = op.to(t, x, a.dtype, LORA_IN)
-    result = op.add(t, result, op.scale(t, _low_rank(t, x, a, b, p), LORA_OUT), LORA_OUT)
+    if magnitude:
+        weight = op.transpose(t, leaf.tensor, 0, 1) if transposed else leaf.tensor
+        result = dora(t, x, result, weight, (a, b, magnitude[0]), bias, p)
+    else:
+        result = op.add(t, result, op.scale(t, _low_rank(t, x, a, b, p), LORA_OUT), LORA_OUT)
     return op.to(t, result, dtype, tag)
 
 
@@ -174,6 +179,7 @@ class States:
         architecture: Architecture,
         layers: Sequence[tuple[Layer, int | None]],
         make: "Callable[[Param, Layer | None, int | None], Leaf]",
+        head: Sequence[Param] = (),
         stack: Stack | None = None,
         encoder: "States | None" = None,
     ) -> None:
@@ -192,7 +198,7 @@ class States:
         self.before = several(text.before)
         self.layers = [blocks(x, segment) for x, segment in layers]
         self.after = several(text.after)
-        self.head = several(architecture.head) if text.name == architecture.main else []
+        self.head = several((*architecture.head, *head)) if text.name == architecture.main else []
 
     def __iter__(self) -> Iterator[Leaf]:
         if self.head_first:

@@ -15,7 +15,8 @@ def clip(t: Tape, leaves: list[Leaf], tensors: int) -> None:
     """`clip_grad_norm_`: a norm of each gradient, in its dtype and in fp32, and the norm of those, which are as
     many as the model has `tensors`."""
     norms = each(t, leaves, lambda x: t.new((), x.node.dtype, None, CLIP))  # type: ignore[union-attr]
-    wide = each(t, leaves, lambda x: t.new((), "fp32", None, CLIP)) if any(_half(x) for x in leaves) else {}
+    halves = [x for x in leaves if _half(x)]
+    wide = each(t, halves, lambda x: t.new((), "fp32", None, CLIP)) if halves else {}
     stacked = t.new((tensors,), "fp32", None, CLIP)
     forget(t, wide)
     total = t.new((), "fp32", None, CLIP)

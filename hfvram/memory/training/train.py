@@ -80,11 +80,11 @@ def timeline(
         ids = Tensor(Storage(), shape, contiguous(shape), "int64")
     hides = tape.new(ids.shape, "int64", None, PADDING) if request.padding else None
     first = States(architecture, beside, training.make, stack=tower) if tower else None
-    states = States(architecture, layers, training.make, encoder=first)
+    states = States(architecture, layers, training.make, training.head, encoder=first)
     parts = units(tape, states, request, groups)
     tape.units = parts if type(parts) is not Units else None
     if training.adapted:
-        training.adapt(t, casts, held(request))
+        training.adapt(tape, casts, held(request))
     t.restart()
     optimizer = Optimizer(request.optimizer, tape, parts.leaves)
     _steps(tape, architecture, states, layers, ids, optimizer, parts, request, training, stage)
@@ -95,7 +95,8 @@ def timeline(
     if stage.of > 1:
         t.trainable_parameters = model.parameters
     for tower in towers(architecture):  # asked for gradients, and given none
-        t.trainable_parameters += sum(p.numel for p in tower.params() if p.kind != "buffer")
+        kept = (p for p in tower.params() if p.kind != "buffer" and p.name not in training.frozen)
+        t.trainable_parameters += sum(p.numel for p in kept)
     for segment, nbytes in tape.moved.values():
         t.elsewhere += [("cpu", INPUTS, nbytes)] * (copies(groups) if segment == TEMPLATE else 1)
     if groups:
@@ -168,6 +169,18 @@ def refuse(architecture: Architecture, request: Request) -> None:
         raise unknown(f"--quant {quant} with parameters that are sharded")
     if request.mode != "train":
         _refuse_adapters(architecture, request)
+    _refuse_parts(architecture, request)
+
+
+def _refuse_parts(architecture: Architecture, request: Request) -> None:
+    """Raises `usage` for parts that are frozen or trained whole where that was not held against the exact engine."""
+    asked = {"--freeze": request.freeze, "--modules-to-save": request.modules_to_save, "--dora": request.dora}
+    option = next((name for name, value in asked.items() if value), None)
+    if option and (mesh_of(request).gpus > 1 or request.zero or request.fsdp or request.offload):
+        raise unknown(f"{option} over several GPUs, sharded or offloaded,")
+    mixers = (m for layer in architecture.text.layers for m in layer.mixers)
+    if option and (architecture.task == "seq2seq" or not all(isinstance(m, Attention) for m in mixers)):
+        raise unknown(f"{option} of {architecture.class_name}")
 
 
 HELD: Final = ("granitemoe", "qwen2_moe")
@@ -178,6 +191,8 @@ def _refuse_adapters(architecture: Architecture, request: Request) -> None:
     """Raises `usage` where adapters were not held against PEFT's code: around experts that are one tensor, which it
     targets by the names of the layers that they were (utils/transformers_weight_conversion.py), and beside scans."""
     mixers = [m for layer in architecture.text.layers for m in layer.mixers]
+    if request.dora and request.lora_dropout and request.mixed_precision != "no":
+        raise unknown("--dora with --lora-dropout and --mixed-precision")
     plain = architecture.moe is None or (architecture.model_type in HELD and request.lora_targets == "all-linear")
     if architecture.task != "causal" or not plain or not all(isinstance(m, Attention) for m in mixers):
         raise unknown(f"--mode {request.mode} of {architecture.class_name}")
@@ -234,8 +249,8 @@ def _steps(
     t = tape.timeline
     precision = None if request.mixed_precision == "no" or request.fsdp else request.mixed_precision
     scale = tape.new((), "fp32", None, SCALE) if precision == "fp16" else None
-    tensors = sum(p.kind != "buffer" for p in architecture.all_params)
-    tensors -= sum(p.kind != "buffer" for tower in towers(architecture) for p in tower.params())
+    beside = {p.name for tower in towers(architecture) for p in tower.params()} | training.frozen
+    tensors = sum(p.kind != "buffer" and p.name not in beside for p in architecture.all_params)
     if training.adapted:
         tensors = len(training.params)
     order = schedule(stage, request.grad_accum)
