@@ -58,6 +58,7 @@ def test_frozen_parts_by_hand() -> None:
         ({"mode": "train", "freeze": "weight"}, "leaves nothing to train"),
         ({"mode": "train", "freeze": "mlp", "gpus": 2}, "no formula"),
         ({"dora": True, "gpus": 2, "fsdp": "full_shard"}, "no formula"),
+        ({"lora_targets": "embed_tokens", "gpus": 2, "fsdp": "full_shard"}, "no formula"),
         ({"modules_to_save": "classifier"}, "--modules-to-save classifier matches nothing: valid are"),
         ({"modules_to_save": "norm"}, "also the end of"),
         ({"modules_to_save": "mlp", "mode": "qlora"}, "is packed, and can't be trained"),
