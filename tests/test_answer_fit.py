@@ -170,6 +170,27 @@ def test_ways_of_several_gpus() -> None:
     assert changes[0] == "--gpus 2 --fsdp full_shard"
 
 
+def test_layers_over_several_gpus_are_a_way() -> None:
+    def split(request: Request) -> int:
+        return (10_000 // request.tp + (request.ctx or 0)) * KB
+
+    changes = [w.change for w in judge(split, train(gpus=4), gpu(3_000)).ways]
+    assert "--tp 4" in changes
+    assert not any("--tp 2" in change for change in changes)  # 5,256 kB
+    changes = [w.change for w in judge(split, train(gpus=8), gpu(3_000)).ways]
+    assert changes[0] == "--tp 4 --fsdp full_shard"
+    inference = Request(ctx=256, gpus=4, quant="none")
+    assert "--tp 4" in [w.change for w in judge(split, inference, gpu(3_000)).ways]
+    seen: list[Request] = []
+
+    def watched(request: Request) -> int:
+        seen.append(request)
+        return split(request)
+
+    judge(watched, train(gpus=6, offload=["activations"]), gpu(3_000))
+    assert not any(r.tp > 1 for r in seen)
+
+
 def test_what_the_exact_engine_cannot_run_is_no_way() -> None:
     seen: list[Request] = []
 

@@ -192,6 +192,8 @@ def shared(request: Request) -> list[Change]:
         found.append(lambda r: r.with_(fsdp="full_shard"))
     if formed and gpus > 1 and not request.fsdp:
         found += [lambda r, stage=stage: r.with_(zero=stage) for stage in range(1, 4) if stage > (request.zero or 0)]  # type: ignore[misc]
+    if formed and request.tp == 1 and not request.offload:
+        found += [lambda r, n=n: split(r, n, gpus) for n in (2, 4, 8) if gpus % n == 0]  # type: ignore[misc]
     for times in (2, 4, 8):
         if sharded:
             found.append(lambda r, times=times: r.with_(gpus=times * (r.gpus or 1)))  # type: ignore[misc]
@@ -203,6 +205,11 @@ def shared(request: Request) -> list[Change]:
     if formed and request.zero == 3 and not {"params", "params=nvme"} & set(request.offload):
         found.append(lambda r: r.with_(offload=tuple(dict.fromkeys((*r.offload, "optimizer", "params")))))
     return found
+
+
+def split(request: Request, tp: int, gpus: int) -> Request:
+    """Each layer over `tp` of the GPUs; over what is left a training is sharded."""
+    return request.with_(tp=tp, gpus=gpus, zero=None, fsdp=(request.fsdp or "full_shard") if gpus > tp else None)
 
 
 def changes(device_bytes: DeviceBytes, request: Request, capacity: int) -> list[Change]:
@@ -223,6 +230,8 @@ def changes(device_bytes: DeviceBytes, request: Request, capacity: int) -> list[
         found.append(lambda r: r.with_(quant="nf4"))
     if not request.offload and request.tp == 1:
         found += [lambda r: r.with_(offload=("experts",)), lambda r: r.with_(offload=("layers",))]
+    if (request.gpus or 1) > 1 and request.tp == 1 and not request.offload:
+        found.append(lambda r: r.with_(tp=request.gpus or 1))
     if is_placed(request):
         found += [lambda r, times=times: r.with_(gpus=times * (request.gpus or 1)) for times in (2, 4)]  # type: ignore[misc]
     if request.batch > 1:
@@ -242,6 +251,7 @@ def cost(asked: Request, changed: Request) -> float:
     price += log2((changed.gpus or 1) / (asked.gpus or 1))
     price += 0.2 * ((asked.fsdp, asked.zero) != (changed.fsdp, changed.zero)) + 0.1 * (changed.zero or 0)
     price += sum({"experts": 2.0, "layers": 4.0}.get(what, 0.8) for what in set(changed.offload) - set(asked.offload))
+    price += 0.4 * log2(changed.tp / asked.tp)
     price += 0.3 * (asked.gradient_checkpointing != changed.gradient_checkpointing)
     return price + 0.4 * (asked.optimizer != changed.optimizer) + 0.5 * (asked.dtype != changed.dtype)
 
