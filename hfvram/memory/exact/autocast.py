@@ -6,7 +6,9 @@ lists), autocast_mode.cpp `cached_cast`.
 """
 
 import contextlib
+import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -85,6 +87,7 @@ class Autocast:
             return own.on if device in (None, *STOOD_FOR) else asked(device)
 
         with (
+            _maybe_too(),
             patch.multiple(torch_autocast, __init__=new, __enter__=entered, __exit__=left),
             patch.object(torch, "is_autocast_enabled", enabled),
             patch.object(torch, "get_autocast_dtype", lambda d: own.dtype if d in STOOD_FOR else dtype(d)),
@@ -133,6 +136,32 @@ class Autocast:
 
     def _wide(self, value: Any) -> Any:
         return value.float() if self._is_low(value) else value
+
+
+@contextlib.contextmanager
+def _maybe_too() -> Iterator[None]:
+    """transformers' `maybe_autocast` lets meta be. It was imported by name everywhere, so its code is what is changed.
+
+    Source: transformers 5.17, utils/generic.py.
+    """
+    found = getattr(sys.modules.get("transformers.utils.generic"), "maybe_autocast", None)
+    if found is None:
+        yield
+        return
+    before, found.__code__ = found.__code__, _as_on_cuda.__code__
+    try:
+        yield
+    finally:
+        found.__code__ = before
+
+
+def _as_on_cuda(device_type: Any, dtype: Any = None, enabled: Any = True, cache_enabled: Any = None) -> Any:
+    """Its last lines. Runs among its names, which have no torch."""
+    import torch
+
+    if torch.is_autocast_enabled(device_type) or enabled:
+        return torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=cache_enabled)
+    return nullcontext()
 
 
 def _cross_entropy(func: Any, input: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
