@@ -88,3 +88,14 @@ def test_torchs_own_autocast_on_meta_is_this_one() -> None:
                 assert (meta(2, 2) @ meta(2, 2)).dtype == torch.float32
         assert not torch.is_autocast_enabled("meta")
     assert torch.autocast is torch.amp.autocast_mode.autocast
+
+
+def test_transformers_turns_it_off_on_meta_as_on_cuda() -> None:
+    """Rotary angles are made so; `maybe_autocast` lets meta be."""
+    generic = pytest.importorskip("transformers.utils.generic")
+    run = Run()
+    with run.on_cuda(torch.nn.Module()), run.autocast.stands_in(), run.autocast.region(torch.bfloat16):
+        assert (meta(2, 2) @ meta(2, 2)).dtype == torch.bfloat16
+        with generic.maybe_autocast(device_type="meta", enabled=False):
+            assert (meta(2, 2) @ meta(2, 2)).dtype == torch.float32
+    assert "meta" in generic.maybe_autocast.__code__.co_consts

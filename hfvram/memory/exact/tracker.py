@@ -1,5 +1,6 @@
 """Follows every storage of a run on the meta device from birth to death, and writes it into a `Timeline`."""
 
+import sys
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
@@ -11,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hfvram.memory.cuda_kernels import CUBLAS, CUBLASLT, CUBLASLT_BYTES
+from hfvram.memory.exact.accumulation import ADD, alone, in_place
 from hfvram.memory.exact.answers import ANSWERS
 from hfvram.memory.exact.data_dependent import NOTES, forget, scalar
 from hfvram.memory.exact.meta_kernels import MetaKernels
@@ -34,6 +36,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
 
     def __init__(self, timeline: Timeline, device: str = "meta") -> None:
         super().__init__()
+        alone()
         self.timeline = timeline
         self.device = device
         self.category: Category = "activations"
@@ -60,6 +63,8 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
             return scalar(self, args[0]) if args[0].device.type == "meta" else func(*args)
         if operator is aten.equal:
             return True
+        if self.backward and func is ADD and in_place(args[0], args[1], sys._getframe(0)):
+            return args[0]
         if operator is aten.copy_ and args[0].device.type != "meta" and args[1].device.type == "meta":
             return args[0]  # nothing can be read from meta: what was there stays (DDP's order of buckets)
         if operator in MATRIX_PRODUCTS:

@@ -108,7 +108,7 @@ def attention(t: Tape, part: Attention, w: Weights, x: Tensor, around: Surroundi
     if around.caches:
         if part.window:
             t.held.append(t.new((), "int64", None, CACHED))  # how many tokens were seen
-        k, v = _cached(t, k), _cached(t, v)
+        k, v = _cached(t, k, k.dtype), _cached(t, v, k.dtype)
     out, weights = attend(t, part, q, k, v, around)
     out = op.dense(t, op.reshape(t, out, b, s, -1, tag=OUT), OUT)
     out = w.linear(t, out, PROJECTED)
@@ -138,10 +138,10 @@ def _norm_heads(t: Tape, x: Tensor, w: Weights, around: Surroundings) -> Tensor:
     return normalize(t, x, weights, kind.qk_norm, kind.norm)
 
 
-def _cached(t: Tape, x: Tensor) -> Tensor:
-    """Joined to an empty cache by a copy, which the model's output holds."""
+def _cached(t: Tape, x: Tensor, dtype: str) -> Tensor:
+    """Joined to an empty cache in the keys' dtype by a copy, which the model's output holds."""
     b, heads, _, d = x.shape
-    out = op.cat(t, (t.new((b, heads, 0, d), x.dtype), x), 2, CACHED)
+    out = op.cat(t, (t.new((b, heads, 0, d), dtype), x), 2, CACHED)
     t.held.append(out.alias())
     return out
 

@@ -126,7 +126,7 @@ def decode(
         learned = op.embedding(t, shifted, states.before[1].tensor, EMBEDDED)
         del shifted
         if len(states.before) > 2:
-            embedded = op.linear(t, embedded, states.before[3].tensor, None, EMBEDDED)
+            embedded = hidden = op.linear(t, embedded, states.before[3].tensor, None, EMBEDDED)
         hidden = op.add(t, embedded, learned, EMBEDDED)
     if kind.embedding in ("positions", "late positions"):
         places = around.positions or positions(t, around, ids)

@@ -108,7 +108,7 @@ class Tape:
     """What runs: the timeline, the graph's counters, the precision and the threads' workspaces.
 
     `tag` is what new tensors are; operators take one of their own where that says more. `on_meta` does as
-    PyTorch does on the meta device, where it never adds a gradient into another: for comparisons.
+    PyTorch does on the meta device where kernels differ from CUDA's: for comparisons.
     """
 
     def __init__(self, timeline: Timeline, gpu: Generation = HOPPER, on_meta: bool = False) -> None:
@@ -324,7 +324,7 @@ class Tape:
                     slots[index] = None
                     found[i] = grad  # what is added to another gradient stays to the end of this node
                     # One reference each: this name and the call's argument; and the tensor's.
-                    alone = not self.on_meta and sys.getrefcount(old) == 2 and sys.getrefcount(old.storage) == 2
+                    alone = sys.getrefcount(old) == 2 and sys.getrefcount(old.storage) == 2
                     if alone and is_dense(old.shape, old.strides):
                         slots[index] = old
                     else:
