@@ -119,7 +119,7 @@ def test_an_unknown_type_is_said() -> None:
 def test_peaks_of_an_h100() -> None:
     """Every measured case that has a formula: allocated to 0.03 %, reserved to 0.25 %, with experts to 1.5 %.
 
-    State spaces to 0.05 % and 0.5 %: of mamba-130m's 3 GiB 12 MiB are remainders of blocks, which count as allocated,
+    State spaces to 0.05 % and 1 %: of mamba-130m's 3 GiB 12 MiB are remainders of blocks, which count as allocated,
     and both engines leave one MiB of them where the GPU did not.
     """
     answered = 0
@@ -135,7 +135,7 @@ def test_peaks_of_an_h100() -> None:
         scans = case["config"]["model_type"].startswith("mamba")
         allocated = 5e-4 if scans else 3e-4
         assert peaks.allocated_bytes == pytest.approx(measured["peak_allocated_bytes"], rel=allocated), case["id"]
-        reserved = 1.5e-2 if "num_experts_per_tok" in case["config"] else 5e-3 if scans else 2.5e-3
+        reserved = 1.5e-2 if "num_experts_per_tok" in case["config"] else 1e-2 if scans else 2.5e-3
         assert peaks.reserved_bytes == pytest.approx(measured["peak_reserved_bytes"], rel=reserved), case["id"]
     assert answered >= 5
 
