@@ -42,6 +42,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "lfm2": HYBRID | {"model_type": "lfm2", "layer_types": ["conv", "full_attention"]},
     "mamba2, bf16 residual": MAMBA_2 | {"chunk_size": 64, "residual_in_fp32": False, "use_conv_bias": False},
 }
+WITHOUT_KERNELS = [
+    *("mamba", "mamba, bf16 residual", "falcon_mamba", "jamba", "lfm2"),
+    *("mamba2", "bamba", "granitemoehybrid", "nemotron_h, dense"),
+]
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"batch": 2, "grad_accum": 2},
@@ -72,9 +76,15 @@ def test_event_by_event_as_the_models_own_code(name: str, options: dict[str, Any
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("name", ["mamba", "mamba, bf16 residual", "falcon_mamba", "jamba", "lfm2"])
+@pytest.mark.parametrize("name", WITHOUT_KERNELS)
 def test_event_by_event_without_kernels(name: str, options: dict[str, Any]) -> None:
     test_event_by_event_as_the_models_own_code(name, {"kernels": "fallback", "ctx": 8} | options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ctx", [24, 32])
+def test_chunks_of_mamba2_without_kernels(ctx: int) -> None:
+    test_event_by_event_as_the_models_own_code("mamba2", {"kernels": "fallback", "ctx": ctx, "batch": 2})
 
 
 @pytest.mark.slow

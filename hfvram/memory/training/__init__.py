@@ -9,7 +9,7 @@
   `routing`: mixtures of experts, over the operators of `selection`; `latent`: latent attention.
 - `bert`, `encoder`: encoders' layers and embeddings, and their pass up to a masked language model's loss.
 - `state_space`: layers with a state; `selective_scan` and `chunk_scan`, the fused kernels of Mamba and Mamba-2;
-  `mamba`: a mixer piece by piece; `selective_scan_fallback`: its scan without kernels;
+  `mamba`: a mixer piece by piece; `selective_scan_fallback`, `chunk_scan_fallback`: without kernels;
   `short_convolution`: LFM2's.
 - `t5`, `seq2seq`: an encoder with a decoder that attends to it, each with leaves of its own (`States.encoder`).
 - `states`, `step`: parameters as leaves, clipping, optimizers. `stretch`: repeated layers are written five times.

@@ -122,6 +122,8 @@ class Kind:
     or after them (DeepSeek), also over tokens flattened for the routed ones (Granite 4)."""
     balance: bool = False
     """A loss of the routers' logits is there to be asked for."""
+    grouped_norm: bool = False
+    """Without kernels Mamba-2's gated norm is over each group alone."""
     head_first: bool = False
     """The head is built before the encoder."""
     head_gelu: bool = False
@@ -174,7 +176,7 @@ KINDS: Final[dict[str, Kind]] = {
     "mamba2": _MAMBA,
     "falcon_mamba": _MAMBA,
     "jamba": Kind(router="flat, cast back"),
-    "nemotron_h": Kind(norms="first", layer="state space", wide_logits=True),
+    "nemotron_h": Kind(norms="first", layer="state space", wide_logits=True, grouped_norm=True),
     "bamba": Kind(norms="after the feed-forward", rotates="part", shifts=False),
     "granitemoehybrid": Kind(
         norms="before the feed-forward",

@@ -8,6 +8,7 @@ from hfvram.memory.training import operators as op
 from hfvram.memory.training.attention import Attended, attention
 from hfvram.memory.training.blocks import NORMED, normalize, unknown
 from hfvram.memory.training.chunk_scan import mamba2
+from hfvram.memory.training.chunk_scan_fallback import mamba2_fallback
 from hfvram.memory.training.feed_forward import feed_forward
 from hfvram.memory.training.mamba import pieces
 from hfvram.memory.training.selective_scan import mamba
@@ -48,6 +49,8 @@ def mix(t: Tape, part: Mixer, w: Weights, x: Tensor, around: Surroundings) -> At
         return short_convolution(t, w, x, fused), None
     if isinstance(part, Mamba1) and part.heads == 1 and (not fused or w.norms):
         return pieces(t, part, w, x, fused), None
+    if isinstance(part, Mamba2) and not fused and part.gated_norm and not part.multipliers:
+        return mamba2_fallback(t, part, w, x, around.kind.grouped_norm), None
     if not fused:
         raise unknown(f"--kernels {around.request.kernels} of {around.class_name}")
     if isinstance(part, Mamba1):
