@@ -152,6 +152,24 @@ def test_stages_whose_copies_share_gradients(options: dict[str, Any]) -> None:
             assert t.optimizer_bytes == one.optimizer_bytes
 
 
+@pytest.mark.parametrize("name", ["llama", "llama, tied", "gpt2"])
+def test_stages_of_narrower_layers(name: str) -> None:
+    """Two ranks of tensor parallelism in each of two stages: all that they hold is one rank's part, over the stages."""
+    architecture = infer(MODELS[name])
+    (alone,) = formula.shares(architecture, asked(tp=2))
+    found = [s.timeline for s in formula.shares(architecture, asked(tp=2, pp=2, grad_accum=4))]
+    wide = run(MODELS[name], pp=2, grad_accum=4)
+    table = 0 if architecture.head else architecture.text.before[0].numel // 2
+    assert sum(weights(t) for t in found) == weights(alone.timeline) + 2 * table
+    assert all(t.trainable_parameters == architecture.parameters for t in found)
+    for t, whole in zip(found, wide, strict=True):
+        assert weights(t) < weights(whole)
+        kept = "feed-forward, product" if name != "gpt2" else "feed-forward, activation function"
+        assert 2 * saved(t)[kept] == saved(whole)[kept]
+        kept = "hidden states of the stage before"
+        assert saved(t).get(kept) == saved(whole).get(kept)  # hidden states are whole on each rank
+
+
 def test_shares_name_stages_and_join_those_alike() -> None:
     def named(**options: Any) -> list[tuple[str, int]]:
         return [(s.name, s.gpus) for s in formula.shares(infer(LLAMA), asked(**options))]
@@ -194,6 +212,8 @@ def test_models_that_no_formula_splits(config: dict[str, Any], options: dict[str
         ({"zero": 2}, "valid are --zero 1 and DDP"),
         ({"method": "simulate"}, "valid is --method formula"),
         ({"mode": "lora"}, "valid is --mode train"),
+        ({"tp": 2, "gpus": 8}, "valid is --gpus 4 without --zero"),
+        ({"tp": 2, "zero": 1}, "valid is --gpus 4 without --zero"),
         ({"padding": True}, "--padding is not supported yet"),
         ({"offload": ["activations"], "gradient_checkpointing": True}, "--offload activations is not supported yet"),
     ],

@@ -53,7 +53,7 @@ def check_splits(request: Request) -> None:
 def _check_pipeline(request: Request) -> None:
     """Raises `usage` for what no pipeline was worked out with."""
     pp = f"--pp {request.pp}"
-    others = [f"--{name} {getattr(request, name)}" for name in ("tp", "ep", "cp") if getattr(request, name) > 1]
+    others = [f"--{name} {getattr(request, name)}" for name in ("ep", "cp") if getattr(request, name) > 1]
     others += ["--sp"] * request.sp
     others += ["--padding"] * request.padding
     others += [f"--offload {','.join(request.offload)}"] * bool(request.offload)
@@ -66,6 +66,9 @@ def _check_pipeline(request: Request) -> None:
         raise _usage(f"{pp} with --mode {request.mode} is not supported yet: valid is --mode train")
     if others:
         raise _usage(f"{pp} with {' and '.join(others)} is not supported yet: valid is one of them alone")
+    if request.tp > 1 and (request.zero or (request.gpus or 1) > request.tp * request.pp):
+        valid = f"valid is --gpus {request.tp * request.pp} without --zero"
+        raise _usage(f"{pp} with --tp {request.tp}, held more than once, is not supported yet: {valid}")
 
 
 def _check_experts(request: Request) -> None:

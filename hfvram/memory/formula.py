@@ -46,6 +46,7 @@ def _stages(architecture: Architecture, request: Request, gpus: int) -> Iterator
     from hfvram.memory.training import train
 
     pipeline_parallel.check(architecture, request)
+    parameters, architecture = architecture.parameters, part_of(architecture, request.tp)
     layers = pipeline_parallel.counts(len(architecture.text.layers), request.pp)
 
     def alike(stage: pipeline_parallel.Stage) -> tuple[object, ...]:
@@ -56,6 +57,7 @@ def _stages(architecture: Architecture, request: Request, gpus: int) -> Iterator
         first, *more = found
         name = f"stages {first.index + 1} to {more[-1].index + 1}" if more else f"stage {first.index + 1}"
         t = train.timeline(architecture, request, stage=first)
+        t.trainable_parameters = parameters
         yield Share(f"{name} of {request.pp}", gpus * (1 + len(more)), t)
 
 
