@@ -150,6 +150,25 @@ def test_as_transformers_own_code(name: str, options: dict[str, Any]) -> None:
         assert getattr(formula, fact) == getattr(exact, fact)
 
 
+AUTOCAST: dict[str, Any] = {"mixed_precision": "bf16", "dtype": "fp32"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "starcoder2"])
+@pytest.mark.parametrize("options", [AUTOCAST, AUTOCAST | {"gradient_checkpointing": True}, {"grad_accum": 2}], ids=str)
+def test_peaks_as_transformers_own_code(name: str, options: dict[str, Any]) -> None:
+    """Under autocast some casts come in another order; the peak is the same."""
+    pytest.importorskip("torch")
+    from hfvram.memory.exact.simulate import simulate
+
+    wide = {"hidden_size": 512, "intermediate_size": 1536, "vocab_size": 8192, "max_position_embeddings": 2048}
+    config = MODELS[name] | wide
+    asked = {"mode": "train", "ctx": 1024, "dtype": "bf16", "quant": "none", "method": "simulate", "tp": 2, "gpus": 2}
+    exact = simulate(config, None, Request.from_dict(asked | options))
+    found = formed(config, 2, **{"ctx": 1024} | options)
+    assert found.fullest_bytes() == pytest.approx(exact.fullest_bytes(), abs=1024)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "llama, all heads", "qwen3", "starcoder2", "phi3"])
 def test_inference_as_transformers_own_code(name: str) -> None:
