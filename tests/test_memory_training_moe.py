@@ -31,6 +31,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "deepseek_v2, groups": LATENT | {"model_type": "deepseek_v2", "topk_method": "group_limited_greedy"},
     "deepseek_v3": LATENT | {"model_type": "deepseek_v3"},
     "deepseek_v3, halves": LATENT | {"model_type": "deepseek_v3", "rope_interleave": False, "norm_topk_prob": False},
+    "glm4_moe_lite": LATENT | {"model_type": "glm4_moe_lite"},
     "glm4_moe": GLM | {"partial_rotary_factor": 0.5},
     "glm4_moe, normed queries": GLM | {"use_qk_norm": True, "attention_bias": True},
 }

@@ -12,6 +12,7 @@
   `mamba`: a mixer piece by piece; `selective_scan_fallback`, `chunk_scan_fallback`: without kernels;
   `short_convolution`: LFM2's.
 - `t5`, `seq2seq`: an encoder with a decoder that attends to it, each with leaves of its own (`States.encoder`).
+- `adapters`, `packed`, `wrapped`: LoRA around layers, quantized ones, and parameters that are none.
 - `states`, `step`: parameters as leaves, clipping, optimizers. `stretch`: repeated layers are written five times.
 - `data_parallel`: what happens around layers on several GPUs; `fsdp`, `ddp`, `zero` (with
   `deepspeed`, its defaults): what it is.

@@ -7,6 +7,7 @@ tuners/tuners_utils.py.
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from math import prod, sqrt
 
 from hfvram.errors import HfvramError, printable
 from hfvram.memory.bitsandbytes import ON_LOADING
@@ -21,10 +22,13 @@ from hfvram.memory.training.tensors import ITEM_BYTES
 from hfvram.memory.weights import WEIGHTS, param_bytes, quantized
 from hfvram.model.adapter import module_of, targeted
 from hfvram.model.architecture import Architecture
+from hfvram.model.fused_targets import Targets, fused_targets
 from hfvram.model.layers import Layer, Param
 from hfvram.model.parts import frozen, saved
 from hfvram.request import Request
 
+ALPHA = 32
+"""What products of adapters are scaled by, over their rank."""
 ADAPTERS = Tag("LoRA adapters", "weights", "", "PEFT 0.21: tuners/lora/layer.py update_layer", "exact")
 COPIES = Tag("modules trained whole", "weights", "P·e", "PEFT 0.21: utils/other.py ModulesToSaveWrapper", "exact")
 
@@ -38,6 +42,8 @@ class Training:
         self.adapted = request.mode in ("lora", "qlora")
         self.quant = request.quant if request.quant in ON_LOADING else "none"
         self.packs = quantized(architecture, self.quant)
+        self.targets: Targets | None = None
+        """Where layers were fused, what is targeted instead."""
         self.embedding = architecture.text.before[0].name if architecture.text.before else ""
         self.found: dict[int, dict[str, str]] = {}
         """By the identity of a layer, of its parameters what is done with them: `adapter`, `copy`, `frozen`."""
@@ -58,9 +64,17 @@ class Training:
 
     def _choose(self, architecture: Architecture) -> None:
         copied = self._copied(architecture)
-        wanted = targeted(architecture, self.request.lora_targets)
+        asked = self.request.lora_targets
+        self.targets = fused_targets(architecture, asked)
+        modules = asked if self.targets is None else self.targets.layers
+        of_layers = targeted(architecture, modules) if modules else lambda param: False
+
+        def wanted(param: Param) -> bool:
+            return of_layers(param) or bool(self.targets and self.targets.of(param))
 
         def what(param: Param) -> str | None:
+            if self.targets and self.targets.of(param) and param.name in copied:
+                raise unknown(f"--modules-to-save of {param.name}, which is a target, too,")
             return "copy" if param.name in copied else "adapter" if wanted(param) else None
 
         chosen = self._mark(architecture, what)
@@ -101,8 +115,18 @@ class Training:
         return chosen
 
     def _tensors(self, param: Param) -> Iterator[Param]:
-        """A and B around a layer, and DoRA's magnitudes."""
+        """A and B around a layer, and DoRA's magnitudes; or around a parameter, for each of its experts."""
         request, dora = self.request, self.request.dora
+        r, dtype = request.lora_r, request.adapter_dtype
+        if self.targets and (times := self.targets.of(param)):
+            if dora or request.lora_dropout:
+                option = "--dora" if dora else "--lora-dropout"
+                raise HfvramError("usage", f"{option}: PEFT has none around {param.name}, which is no layer")
+            *experts, outputs, inputs = param.shape
+            rows = r * times * prod(experts)
+            yield Param(f"{param.name}.lora_A.weight", (rows, inputs), "linear", dtype)
+            yield Param(f"{param.name}.lora_B.weight", (outputs, rows), "linear", dtype)
+            return
         if param.kind == "embedding" and not dora and param.name == self.embedding:
             if mesh_of(request).gpus > 1 or request.zero or request.fsdp or request.offload:
                 raise unknown(f"LoRA around {param.name} over several GPUs, sharded or offloaded,")
@@ -117,7 +141,7 @@ class Training:
                 "usage", f"--lora-targets: LoRA around {param.name} has no formula yet: --method simulate"
             )
         outputs, inputs = param.shape[::-1] if self.transposed else param.shape
-        module, r, dtype = param.name.removesuffix(".weight"), self.request.lora_r, self.request.adapter_dtype
+        module = param.name.removesuffix(".weight")
         yield Param(f"{module}.lora_A.weight", (r, inputs), "linear", dtype)
         yield Param(f"{module}.lora_B.weight", (outputs, r), "linear", dtype)
         if dora:
@@ -136,7 +160,10 @@ class Training:
             leaf.packed = Packed(self.quant, request.dtype, request.double_quant, shape)
         if mark == "adapter":
             parts = [Leaf(p, p.dtype or "", True, segment) for p in self._tensors(param)]
-            leaf.lora = Lora(tuple(parts), request.lora_dropout)
+            times = (self.targets.of(param) if self.targets else 0) or 1
+            divisor = request.lora_r * times if not request.rslora else sqrt(request.lora_r * times)
+            experts = param.shape[0] if len(param.shape) == 3 else 1
+            leaf.lora = Lora(tuple(parts), request.lora_dropout, experts, ALPHA * times != divisor)
         return leaf
 
     def dtype(self, param: Param) -> str:

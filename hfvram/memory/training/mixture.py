@@ -18,6 +18,7 @@ from hfvram.memory.training.states import Leaf, Weights
 from hfvram.memory.training.surroundings import Surroundings
 from hfvram.memory.training.tape import Tape
 from hfvram.memory.training.tensors import Tensor
+from hfvram.memory.training.wrapped import Wrapped
 from hfvram.model.layers import MixtureOfExperts
 
 GROUPED = "transformers 5.17: grouped_mm_experts_forward"
@@ -39,7 +40,7 @@ def mixture(t: Tape, part: MixtureOfExperts, leaves: Sequence[Leaf], x: Tensor, 
     route = ROUTERS[kind.router]
     own = [leaf for leaf in leaves if leaf.param.kind == "experts"]
     shared = Weights([leaf for leaf in leaves if "shared" in leaf.param.name])
-    router = Weights([leaf for leaf in leaves if leaf not in own and "shared" not in leaf.param.name])
+    (router,) = [leaf for leaf in leaves if leaf not in own and "shared" not in leaf.param.name]
     b, s, h = x.shape
     if part.jitter:
         x = selection.noisy(t, x, NOISE)
@@ -50,7 +51,7 @@ def mixture(t: Tape, part: MixtureOfExperts, leaves: Sequence[Leaf], x: Tensor, 
     beside = None
     if part.shared_intermediate_size and not last:
         beside = gated(t, part.activation, shared, flat)
-    logits, weights, chosen = route(t, part, router, flat)
+    logits, weights, chosen = route(t, part, Wrapped(t, router), flat)
     if part.auxiliary and t.redone is None:
         around.router_logits.append(logits)
     flat = op.reshape(t, x, b * s, h) if last else flat
@@ -93,7 +94,7 @@ def experts(
     sent to the ranks of their experts between, and back."""
     n, k = chosen.shape
     size = n * k
-    up, down = own[0].tensor, own[1].tensor
+    down, up = Wrapped(t, own[1]), Wrapped(t, own[0])
     flat_weights = op.reshape(t, weights, size)
     by_expert, order = t.new((size,), "int64", None, ORDER), t.new((size,), "int64", None, ORDER)
     t.moment(size * 8, size * 8)  # of the sort
@@ -103,16 +104,17 @@ def experts(
     counts = t.new((part.experts,), "int32", None, ORDER)
     ends = t.new((part.experts,), "int32", None, ORDER)
     beyond = t.new((size,), "bool", None, ORDER).as_((size, 1), (1, 1))
+    first = up.weight(t)
     if ranks > 1:
-        tokens = _by_expert(t, selection.exchange(t, tokens, SENT), up)
+        tokens = _by_expert(t, selection.exchange(t, tokens, SENT), first)
     tokens = selection.masked_in_place(t, tokens, beyond)
-    out = _product(t, tokens, up, ends, EXPERT)
+    out = _product(t, tokens, first, ends, EXPERT)
     out = selection.masked(t, out, beyond, EXPERT)
     out = _apply(t, part, out)
-    out = _product(t, out, down, ends, CHOSEN)
+    out = _product(t, out, down.weight(t), ends, CHOSEN)
     out = selection.masked(t, out, beyond, CHOSEN)
     if ranks > 1:
-        out = selection.exchange(t, _by_expert(t, out, up), SENT)
+        out = selection.exchange(t, _by_expert(t, out, first), SENT)
     weighted = op.mul(t, out, op.reshape(t, sorted_weights, size, 1), WEIGHTED)
     back = t.new((size,), "int64", None, ORDER)
     count = t.new((size,), "int64", None, ORDER)

@@ -620,23 +620,23 @@ def batched_product(t: Tape, a: Tensor, b: Tensor, tag: Tag | None = None) -> Te
     return attach(t.new((a.shape[0], a.shape[1], b.shape[2]), a.dtype, None, tag), node)
 
 
-def scaled_product(t: Tape, onto: Tensor, a: Tensor, b: Tensor, tag: Tag | None = None) -> Tensor:
-    """`baddbmm` times a number onto what needs no gradient: its gradients are scaled by a copy each."""
+def scaled_product(t: Tape, onto: Tensor, a: Tensor, b: Tensor, tag: Tag | None = None, scales: bool = True) -> Tensor:
+    """`baddbmm` times a number onto what needs no gradient: unless that is 1, a copy scales each of its gradients."""
     b = low(t, b)
     a = low(t, a)
     onto = low(t, onto)
-    node = t.record(_scaled, (a, b), a if b.node else None, b if a.node else None)
+    node = t.record(partial(_scaled, scales), (a, b), a if b.node else None, b if a.node else None)
     t.multiplies()
     return attach(t.new((a.shape[0], a.shape[1], b.shape[2]), a.dtype, None, tag), node)
 
 
-def _scaled(t: Tape, saved: Saved, grads: Grads) -> Found:
+def _scaled(scales: bool, t: Tape, saved: Saved, grads: Grads) -> Found:
     grad, (a, b) = first(grads), saved
     t.multiplies()
     of_a = None if b is None else t.new((b.shape[0], grad.shape[1], b.shape[1]), grad.dtype)
-    of_a = None if of_a is None else t.elementwise(of_a)
+    of_a = t.elementwise(of_a) if scales and of_a is not None else of_a
     of_b = None if a is None else t.new((a.shape[0], a.shape[2], grad.shape[2]), grad.dtype)
-    return of_a, None if of_b is None else t.elementwise(of_b)
+    return of_a, t.elementwise(of_b) if scales and of_b is not None else of_b
 
 
 def _batched(t: Tape, saved: Saved, grads: Grads) -> Found:

@@ -9,9 +9,9 @@ from typing import Final
 from hfvram.memory.timeline import Tag
 from hfvram.memory.training import operators as op
 from hfvram.memory.training import selection
-from hfvram.memory.training.states import Weights
 from hfvram.memory.training.tape import Tape
 from hfvram.memory.training.tensors import Storage, Tensor
+from hfvram.memory.training.wrapped import Wrapped
 from hfvram.model.layers import MixtureOfExperts
 
 TOP_K = "transformers 5.17: MixtralTopKRouter.forward"
@@ -25,23 +25,23 @@ BALANCE = Tag("router, loss of balance", "activations", "b·s·E·4", "transform
 Routed = tuple[Tensor, Tensor, Tensor]
 
 
-def probabilities(t: Tape, part: MixtureOfExperts, w: Weights, x: Tensor) -> Routed:
+def probabilities(t: Tape, part: MixtureOfExperts, w: Wrapped, x: Tensor) -> Routed:
     """A softmax over the logits in fp32; the chosen ones are divided by their sum (Mixtral)."""
-    logits = op.linear(t, op.reshape(t, x, -1, x.shape[-1]), w.take(), None, LOGITS)
+    logits = op.linear(t, op.reshape(t, x, -1, x.shape[-1]), w.weight(t), None, LOGITS)
     scores = op.softmax(t, op.to(t, logits, "fp32", SCORES), None, SCORES)
     weights, chosen = selection.top_k(t, scores, part.top_k, CHOICE)
     return logits, selection.divide_in_place(t, weights, _sum(t, weights), CHOICE), chosen
 
 
-def cast_back(t: Tape, part: MixtureOfExperts, w: Weights, x: Tensor) -> Routed:
+def cast_back(t: Tape, part: MixtureOfExperts, w: Wrapped, x: Tensor) -> Routed:
     """A softmax in fp32, of which the chosen ones are cast to the logits' dtype (OLMoE, Qwen)."""
-    logits = op.linear(t, op.reshape(t, x, -1, x.shape[-1]), w.take(), None, LOGITS)
+    logits = op.linear(t, op.reshape(t, x, -1, x.shape[-1]), w.weight(t), None, LOGITS)
     return _cast_back(t, part, logits, logits.dtype)
 
 
-def flat_cast_back(t: Tape, part: MixtureOfExperts, w: Weights, x: Tensor) -> Routed:
+def flat_cast_back(t: Tape, part: MixtureOfExperts, w: Wrapped, x: Tensor) -> Routed:
     """The same over tokens that the caller flattened (Jamba)."""
-    return _cast_back(t, part, op.linear(t, x, w.take(), None, LOGITS), x.dtype)
+    return _cast_back(t, part, op.linear(t, x, w.weight(t), None, LOGITS), x.dtype)
 
 
 def _cast_back(t: Tape, part: MixtureOfExperts, logits: Tensor, dtype: str) -> Routed:
@@ -52,14 +52,14 @@ def _cast_back(t: Tape, part: MixtureOfExperts, logits: Tensor, dtype: str) -> R
     return logits, op.to(t, weights, dtype, CHOICE), chosen
 
 
-def chosen_first(t: Tape, part: MixtureOfExperts, w: Weights, x: Tensor) -> Routed:
+def chosen_first(t: Tape, part: MixtureOfExperts, w: Wrapped, x: Tensor) -> Routed:
     """A softmax over the chosen logits alone (Granite)."""
-    logits = op.to(t, op.linear(t, x, w.take(), None, LOGITS), "fp32", SCORES)
+    logits = op.to(t, op.linear(t, x, w.weight(t), None, LOGITS), "fp32", SCORES)
     top, chosen = selection.top_k(t, logits, part.top_k, CHOICE)
     return logits, op.to(t, op.softmax(t, top, None, CHOICE), x.dtype, CHOICE), chosen
 
 
-def greedy(t: Tape, part: MixtureOfExperts, w: Weights, x: Tensor) -> Routed:
+def greedy(t: Tape, part: MixtureOfExperts, w: Wrapped, x: Tensor) -> Routed:
     """A softmax in fp32 of logits computed in fp32, of all experts or of the best groups' (DeepSeek-V2)."""
     logits = _wide_logits(t, w, x)
     scores = op.softmax(t, logits, "fp32", SCORES)
@@ -71,7 +71,7 @@ def greedy(t: Tape, part: MixtureOfExperts, w: Weights, x: Tensor) -> Routed:
     return logits, op.scale(t, weights, CHOICE), chosen
 
 
-def balanced(t: Tape, part: MixtureOfExperts, w: Weights, x: Tensor) -> Routed:
+def balanced(t: Tape, part: MixtureOfExperts, w: Wrapped, x: Tensor) -> Routed:
     """Sigmoids in fp32, chosen after a bias was added that needs no gradient, of the best groups' (DeepSeek-V3)."""
     logits = _wide_logits(t, w, x)
     scores = op.of_output(t, logits, SCORES)
@@ -90,9 +90,9 @@ def balanced(t: Tape, part: MixtureOfExperts, w: Weights, x: Tensor) -> Routed:
     return logits, op.scale(t, weights, CHOICE), chosen
 
 
-def _wide_logits(t: Tape, w: Weights, x: Tensor) -> Tensor:
+def _wide_logits(t: Tape, w: Wrapped, x: Tensor) -> Tensor:
     x = op.reshape(t, x, -1, x.shape[-1])
-    return op.linear(t, op.to(t, x, "fp32", WIDE), op.to(t, w.take(), "fp32", WIDE), None, LOGITS)
+    return op.linear(t, op.to(t, x, "fp32", WIDE), op.to(t, w.weight(t), "fp32", WIDE), None, LOGITS)
 
 
 def _in_groups(t: Tape, part: MixtureOfExperts, best: Tensor) -> tuple[Tensor, ...]:
@@ -134,7 +134,7 @@ def balance(t: Tape, logits: list[Tensor], top_k: int) -> Tensor:
     return op.scale(t, overall, BALANCE)
 
 
-ROUTERS: Final[dict[str, Callable[[Tape, MixtureOfExperts, Weights, Tensor], Routed]]] = {
+ROUTERS: Final[dict[str, Callable[[Tape, MixtureOfExperts, Wrapped, Tensor], Routed]]] = {
     "probabilities": probabilities,
     "cast back": cast_back,
     "flat, cast back": flat_cast_back,

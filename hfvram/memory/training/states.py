@@ -50,13 +50,17 @@ class Leaf:
 
 
 class Lora:
-    """LoRA around a layer: A (r, inputs), B (outputs, r), DoRA's magnitudes (outputs), and their dropout."""
+    """LoRA around a layer: A (r, inputs), B (outputs, r), DoRA's magnitudes (outputs), and their dropout; or around a
+    parameter (`wrapped.py`), of so many experts."""
 
-    __slots__ = ("dropout", "leaves")
+    __slots__ = ("dropout", "experts", "leaves", "scales")
 
-    def __init__(self, leaves: "tuple[Leaf, ...]", dropout: float) -> None:
+    def __init__(self, leaves: "tuple[Leaf, ...]", dropout: float, experts: int = 1, scales: bool = True) -> None:
         self.leaves = leaves
         self.dropout = dropout
+        self.experts = experts
+        self.scales = scales
+        """Whether α÷r is not 1."""
 
 
 def project(
@@ -216,9 +220,19 @@ class States:
             yield from self.head
 
     def every(self, leaves: "Iterable[Leaf] | None" = None) -> Iterator[Leaf]:
-        """All leaves, or these, with their adapters."""
+        """All leaves, or these, with their adapters: after a layer's bias, and after all experts of a module."""
+        after: list[Leaf] = []
+        before = ""
         for leaf in self if leaves is None else leaves:
-            yield from leaf.with_adapter()
+            own, *adapters = leaf.with_adapter()
+            kind = own.param.kind
+            if kind != "bias" and not (kind == before == "experts"):
+                yield from after
+                after = []
+            yield own
+            after += adapters
+            before = kind
+        yield from after
 
     def trained(self) -> list[Leaf]:
         """The leaves that need gradients, as `model.parameters()` has them."""

@@ -29,7 +29,7 @@ from hfvram.memory.training.tape import FLOWING, SCRATCH, Input, Tape
 from hfvram.memory.training.tensors import Storage, Tensor, contiguous
 from hfvram.memory.weights import sharded, standing
 from hfvram.model.architecture import Architecture
-from hfvram.model.layers import Attention, Layer, Mamba1, Param
+from hfvram.model.layers import Attention, LatentAttention, Layer, Mamba1, Param
 from hfvram.request import Request
 
 PADDING = Tag("padding mask", "inputs", "b·s·8", "the batch", "exact")
@@ -184,17 +184,21 @@ def _refuse_parts(architecture: Architecture, request: Request) -> None:
 
 
 HELD: Final = ("granitemoe", "qwen2_moe")
-"""Mixtures of experts whose adapters were held against PEFT's code, with `all-linear`."""
+"""Mixtures of experts that PEFT leaves alone, and whose other adapters were held against its code, with `all-linear`.
+"""
+WRAPPED: Final = ("mixtral", "olmoe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite")
+"""Those whose experts it wraps, held against its code."""
 
 
 def _refuse_adapters(architecture: Architecture, request: Request) -> None:
-    """Raises `usage` where adapters were not held against PEFT's code: around experts that are one tensor, which it
-    targets by the names of the layers that they were (utils/transformers_weight_conversion.py), and beside scans."""
+    """Raises `usage` where adapters were not held against PEFT's code: of other mixtures, and beside scans."""
+    held = WRAPPED + (HELD if request.lora_targets == "all-linear" else ())
+    plain = architecture.moe is None or architecture.model_type in held
     mixers = [m for layer in architecture.text.layers for m in layer.mixers]
     if request.dora and request.lora_dropout and request.mixed_precision != "no":
         raise unknown("--dora with --lora-dropout and --mixed-precision")
-    plain = architecture.moe is None or (architecture.model_type in HELD and request.lora_targets == "all-linear")
-    if architecture.task != "causal" or not plain or not all(isinstance(m, Attention) for m in mixers):
+    attends = all(isinstance(m, (Attention, LatentAttention)) for m in mixers)
+    if architecture.task != "causal" or not plain or not attends:
         raise unknown(f"--mode {request.mode} of {architecture.class_name}")
 
 
