@@ -149,3 +149,24 @@ def test_the_exact_engine_says_the_same(options: dict[str, Any], message: str) -
     with pytest.raises(HfvramError, match=message) as caught:
         simulate(LLAMA, None, Request.from_dict(request))
     assert caught.value.kind == "usage"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(MODELS))
+def test_trainable_parameters_are_pefts(name: str) -> None:
+    """Of every type: all linear layers, names, a regular expression, and a module trained whole."""
+    peft = pytest.importorskip("peft")
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = dict(MODELS[name])
+    lm = AutoConfig.for_model(config.pop("model_type"), **config)
+    last = next(p.name.split(".")[-2] for p in infer(MODELS[name]).text.layers[0].all_params() if p.kind == "linear")
+    whole = infer(MODELS[name]).text.before[0].name.split(".")[-2]
+    for targets, saved in (("all-linear", []), ([last], []), (rf".*\.1\..*{last}", []), ("all-linear", [whole])):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(lm)
+            wanted = peft.LoraConfig(r=8, target_modules=targets, modules_to_save=saved or None, task_type="CAUSAL_LM")
+            trained = peft.get_peft_model(model, wanted).get_nb_trainable_parameters()[0]
+        t = adapted(MODELS[name], lora_targets=targets, modules_to_save=saved)
+        assert t.trainable_parameters == trained, (targets, saved)
