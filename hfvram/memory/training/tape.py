@@ -353,8 +353,10 @@ class Tape:
     # -- what gradients are made with --------------------------------------------------------------------------------
 
     def sum_to(self, grad: Tensor, shape: Shape) -> Tensor:
-        """Add up what was broadcast (`at::sum_to`)."""
-        return self.new(shape, grad.dtype)
+        """Add up what was broadcast (`at::sum_to`): without dimensions that came first, a view of the sum."""
+        added = len(grad.shape) - len(shape)
+        out = self.new((*(1,) * added, *shape), grad.dtype)
+        return out.as_(shape, out.strides[added:]) if added else out
 
     def elementwise(self, *operands: Tensor, dtype: str | None = None, tag: Tag | None = None) -> Tensor:
         """The result of an element-wise operator, without gradients."""
