@@ -84,6 +84,8 @@ def together(found: list[engines.Difference]) -> str:
         if (d.model_type, d.mode) not in told and len(told) < LARGEST:
             told.add((d.model_type, d.mode))
             size = f"{d.category} {d.category_bytes / 2**20:+,.1f} MiB"
+            if d.mode == "inference" and d.model_type in engines.KNOWN:
+                size += f": {engines.KNOWN[d.model_type][1]}"
             lines.append(f"| {d.model_type} | {d.mode}, {d.options} | {d.allocated:+.2f} % | {size} |")
     whys = Counter((d.mode, d.why.partition(":")[0]) for d in found if d.why)
     lines += ["", "Not compared:", ""]

@@ -261,6 +261,9 @@ def test_an_adapter_folder_end_to_end(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     plain = hfvram.estimate(str(tmp_path / "base"), ctx=64)
     both = hfvram.estimate(str(tmp_path), ctx=64)
+    for method in ("formula", "simulate"):
+        with pytest.raises(hfvram.HfvramError, match="this is an adapter, valid is its base model"):
+            hfvram.estimate(str(tmp_path), ctx=64, mode="lora", method=method)
     more = 3 * 4 * (64 + 64)
     assert both.model.parameters == plain.model.parameters + more
     assert both.weights_bytes == plain.weights_bytes + 4 * more

@@ -31,6 +31,8 @@ DEFAULT_NEW_TOKENS = 8
 def resolve(architecture: Architecture, request: Request) -> tuple[Request, list[str]]:
     """The request with nothing left open, and warnings."""
     warnings = []
+    if architecture.adapter and request.mode != "inference":
+        raise HfvramError("usage", f"--mode {request.mode}: this is an adapter, valid is its base model")
     limit = architecture.max_positions
     ctx = request.ctx or min(DEFAULT_CTX, limit or DEFAULT_CTX)
     if limit and ctx > limit:
