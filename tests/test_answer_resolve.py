@@ -107,7 +107,9 @@ def test_nothing_is_left_open_and_resolving_again_changes_nothing() -> None:
         once = resolved(a)
         assert None not in (once.ctx, once.phase, once.gpus)
         assert "auto" not in (once.dtype, once.method)
-        assert resolved(a, **{k: v for k, v in once.to_dict().items() if k not in ("offload", "lora_targets")}) == once
+        options = Request.from_dict(once.to_dict())
+        assert options == once
+        assert resolve(a, once)[0] == once
 
 
 def test_the_generation_is_hoppers_unless_named_and_another_is_told() -> None:
