@@ -23,7 +23,7 @@ WORST, LARGEST = 10, 25
 HEAD = """\
 # How right it is
 
-Written by `python scripts/accuracy.py` (`just accuracy`), not by hand. Errors are predicted over true, less one, in
+Written by `python scripts/accuracy.py` (`just docs`), not by hand. Errors are predicted over true, less one, in
 percent; a refusal counts as 100. The `interval` of an answer is what the group's device errors below make of it
 (`hfvram/answer/accuracy.json`), and its `basis` names the group.
 """
@@ -38,9 +38,8 @@ TOGETHER = """\
 
 The formula says what the model's own code would do; here the two are compared on one published configuration of every
 model type that the fixtures hold, cut to {depth} layers, each mode at small sizes: {compared:,} requests. What is live
-at the peak, formula less simulation. Neither is the truth: the simulation follows PyTorch on the meta device, which
-never adds a gradient into another in place, as CUDA does. `tests/test_engines.py` holds a part of this in continuous
-integration.
+at the peak, formula less simulation. Neither is the truth, though the simulation stands nearer to it, as the tables above
+show. `tests/test_engines.py` holds a part of this in continuous integration.
 """
 
 
