@@ -263,8 +263,11 @@ def difference(asked: Request, changed: Request) -> str:
     '--ctx 4096 --quant int8'
     >>> difference(Request(mode="train"), Request(mode="lora", gradient_checkpointing=True))
     '--mode lora --gradient-checkpointing'
+    >>> difference(Request(zero=3), Request(zero=None, tp=2))
+    '--tp 2, no --zero'
     """
     before, after = asked.to_dict(), changed.to_dict()
     changes = {f"--{name.replace('_', '-')}": value for name, value in after.items() if value != before[name]}
-    words = {k: ",".join(v) if isinstance(v, list) else v for k, v in changes.items()}
-    return " ".join(option if value is True else f"{option} {value}" for option, value in words.items())
+    words = {k: ",".join(v) if isinstance(v, list) else v for k, v in changes.items() if v is not None}
+    given = " ".join(option if value is True else f"{option} {value}" for option, value in words.items())
+    return ", ".join([*filter(None, [given]), *(f"no {k}" for k, v in changes.items() if v is None)])
