@@ -38,8 +38,8 @@ TOGETHER = """\
 
 The formula says what the model's own code would do; here the two are compared on one published configuration of every
 model type that the fixtures hold, cut to {depth} layers, each mode at small sizes: {compared:,} requests. What is live
-at the peak, formula less simulation. Neither is the truth, though the simulation stands nearer to it, as the tables above
-show. `tests/test_engines.py` holds a part of this in continuous integration.
+at the peak, formula less simulation. Neither is the truth, though the simulation stands nearer to it, as the tables
+above show. `tests/test_engines.py` holds a part of this in continuous integration.
 """
 
 

@@ -112,6 +112,7 @@ def test_hostile_patterns_are_over_at_once(pattern: str) -> None:
     assert time.process_time() - start < 2
 
 
+@pytest.mark.slow
 def test_a_pattern_that_takes_too_long_in_all_is_refused() -> None:
     means = chosen(tuple("re:" + ".*" * 100 + f"!{i}" for i in range(100)))
     start = time.process_time()

@@ -91,6 +91,7 @@ def large_header(count: int) -> bytes:
     return json.dumps(table).encode()
 
 
+@pytest.mark.slow
 def test_a_header_of_twenty_megabytes_takes_seconds_and_little_memory() -> None:
     raw = large_header(140_000)
     assert len(raw) > 20 * 10**6

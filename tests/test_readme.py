@@ -123,6 +123,7 @@ def test_every_key_of_the_answer_is_described() -> None:
     assert keys - set(re.findall(r"`(\w+)`", (ROOT / "docs" / "json.md").read_text())) == set()
 
 
+@pytest.mark.slow
 def test_how_right_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     score = importlib.import_module("score")
