@@ -53,12 +53,7 @@ class Session:
         file: str | None = None,
     ) -> Estimate:
         """What `request` takes of one GPU. Raises `HfvramError` of every kind of SPEC's table."""
-        request, notes = serving_options.from_line(request)
-        without = False
-        if request.method == "auto" and simulated_by_default(request):
-            needed = ("torch", "transformers", *(("peft",) if request.mode in ("lora", "qlora") else ()))
-            without = request.mode != "inference" and not all(map(find_spec, needed))
-            request = request.with_(method="formula" if without else "simulate")
+        request, notes, without = settled(request)
         serving_options.check(request)
         if request.engine not in serving_options.ENGINES:
             check(request)
@@ -69,6 +64,19 @@ class Session:
         if notes:
             found = replace(found, warnings=(*found.warnings, *notes))
         return replace(found, warnings=(*found.warnings, INEXACT)) if without else found
+
+    def model(
+        self,
+        name: str,
+        request: Request,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        offline: bool = False,
+        file: str | None = None,
+    ) -> Model:
+        """The model that `estimate` of these answers about, read once for both."""
+        return self._read(name, settled(request)[0], revision, token, offline, file)
 
     def _read(
         self, model: str, request: Request, revision: str | None, token: str | None, offline: bool, file: str | None
@@ -86,6 +94,18 @@ class Session:
         if isinstance(known, HfvramError):
             raise known
         return known
+
+
+def settled(request: Request) -> tuple[Request, list[str], bool]:
+    """A request with its engine's line read and its method chosen, what that says, and whether the models' own code
+    would answer it but isn't installed."""
+    request, notes = serving_options.from_line(request)
+    without = False
+    if request.method == "auto" and simulated_by_default(request):
+        needed = ("torch", "transformers", *(("peft",) if request.mode in ("lora", "qlora") else ()))
+        without = request.mode != "inference" and not all(map(find_spec, needed))
+        request = request.with_(method="formula" if without else "simulate")
+    return request, notes, without
 
 
 def understand_or_forget(checkpoint: Checkpoint, request: Request, token: str | None, offline: bool) -> Model:
@@ -144,8 +164,8 @@ def verdict(model: Model, found: Estimate, gpu: Gpu) -> tuple[Fit, list[str]]:
     Limits and ways are searched by formula wherever there is one: the models' own code takes seconds for each.
     """
     request, notes = found.request, []
-    if by_code(request) and _has_formula(model, request):
-        request, notes = request.with_(method="formula"), ["limits and ways to make it fit are searched by formula"]
+    if by_code(request) and (formed := formula_of(model, request)):
+        request, notes = formed, ["limits and ways to make it fit are searched by formula"]
     known = {} if placing.is_placed(request) else {request: found.device_bytes}
     needed = (lambda m, r: estimate_of(m, r).device_bytes) if by_code(request) else taken
     fit = judge(
@@ -157,16 +177,17 @@ def verdict(model: Model, found: Estimate, gpu: Gpu) -> tuple[Fit, list[str]]:
     return fit, notes
 
 
-def _has_formula(model: Model, request: Request) -> bool:
-    """Whether the formula answers what the models' own code answered."""
-    if model.components or not model.architecture.closed_form:
-        return False
+def formula_of(model: Model, request: Request) -> Request | None:
+    """The request as a formula answers it; None where only the model's own code does."""
+    if model.components or not model.architecture.closed_form or request.method == "guide":
+        return None
+    formed = request.with_(method="formula")
     try:
-        check(request.with_(method="formula"))
-        taken(model, request.with_(method="formula"))
+        check(formed)
+        taken(model, formed)
     except HfvramError:
-        return False
-    return True
+        return None
+    return formed
 
 
 def estimate_of(model: Model, asked: Request) -> Estimate:

@@ -13,6 +13,7 @@ from hfvram import __version__
 from hfvram.answer.estimate import Item, LiveTensor, Offloaded, PhasePeak
 from hfvram.answer.peak import AtPeak, at_peak
 from hfvram.errors import HfvramError
+from hfvram.memory.timeline import Timeline
 from hfvram.model.identify import Model
 from hfvram.read import cache as disk
 from hfvram.request import Request
@@ -31,15 +32,19 @@ VERDICT = "gpu", "max_ctx", "max_batch", "recommend", "method", "allow_unknown"
 
 def simulated(model: Model, request: Request) -> AtPeak:
     """Run a resolved request on meta, or find what it gave before. Raises `missing_extra` without torch."""
-    key = _key(model, request)
+    key = key_of(model, request)
     if (kept := disk.load(SHELF, key)) is not None:
         return _restored(kept)
-    from hfvram.memory.exact.simulate import simulate
-
-    timeline = simulate(model.checkpoint.config, model.architecture.class_name, request)
-    found = at_peak(timeline, request.expandable_segments)
+    found = at_peak(run(model, request), request.expandable_segments)
     disk.store(SHELF, key, asdict(found))
     return found
+
+
+def run(model: Model, request: Request) -> Timeline:
+    """Run a resolved request on meta, whatever is kept. Raises `missing_extra` without torch."""
+    from hfvram.memory.exact.simulate import simulate
+
+    return simulate(model.checkpoint.config, model.architecture.class_name, request)
 
 
 def _restored(kept: dict[str, Any]) -> AtPeak:
@@ -64,7 +69,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _key(model: Model, request: Request) -> str:
+def key_of(model: Model, request: Request) -> str:
+    """What tells one run from every other."""
     asked = {k: v for k, v in request.to_dict().items() if k not in VERDICT}
     told: list[Any] = [model.checkpoint.config, model.architecture.class_name, asked, versions(), _code()]
     told.append(f"{sys.version_info.major}.{sys.version_info.minor}")
