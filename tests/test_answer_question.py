@@ -171,3 +171,21 @@ def test_training_without_torch_is_answered_by_formula_and_says_what_would_be_ex
     assert found.method == "formula"
     assert found.gradients_bytes == 2 * found.model.parameters
     assert any("hfvram[exact]" in warning for warning in found.warnings)
+
+
+def test_a_strangers_name_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page is asked by anyone: what lies on its machine is neither read nor told from what does not."""
+    name = folder(tmp_path, LLAMA)
+    monkeypatch.chdir(tmp_path.parent)
+    stranger = Session(local=False)
+    for text in (name, f"{name}/config.json", "./" + tmp_path.name, "~", "/nowhere", "../x"):
+        with pytest.raises(HfvramError, match=r"^[^ ]+ is no Hub id: expected ORG/NAME, ORG/NAME@REVISION$") as raised:
+            stranger.estimate(text, Request(), offline=True)
+        assert raised.value.kind == "not_found"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt2").mkdir()
+    (tmp_path / "gpt2" / "config.json").write_text("{}")
+    assert stranger.estimate("gpt2", Request(), offline=True).model.source == "catalogue"
+    with pytest.raises(HfvramError) as raised:
+        stranger.estimate("Qwen/Qwen3-8B", Request(engine="vllm", draft=name), offline=True)
+    assert raised.value.kind == "not_found"

@@ -37,9 +37,10 @@ INEXACT = "by formula: with pip install 'hfvram[exact]' the model's own code say
 
 
 class Session:
-    """Answers questions, and reads each model once."""
+    """Answers questions, and reads each model once; with `local=False` none that lies on this machine."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, local: bool = True) -> None:
+        self._local = local
         self._models: dict[tuple[object, ...], Model | HfvramError] = {}
 
     def estimate(
@@ -86,7 +87,9 @@ class Session:
         key = (model, revision, token, offline, file, *allowed)
         if key not in self._models:
             try:
-                checkpoint = read_checkpoint(model, revision=revision, token=token, offline=offline, file=file)
+                checkpoint = read_checkpoint(
+                    model, revision=revision, token=token, offline=offline, file=file, local=self._local
+                )
                 self._models[key] = understand_or_forget(checkpoint, request, token, offline)
             except HfvramError as error:
                 self._models[key] = error

@@ -8,6 +8,7 @@ from urllib.parse import unquote, urlsplit
 from hfvram.errors import HfvramError, printable
 
 MAIN = "main"
+VALID = "ORG/NAME, ORG/NAME@REVISION"
 
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.\-]{0,94}[A-Za-z0-9_])?"
 _ID = re.compile(rf"(?:{_PART}/)?{_PART}")
@@ -68,7 +69,7 @@ def parse_name(text: str, revision: str | None = None, *, local: bool = True) ->
     if local and "://" not in text and _LOOKS_LIKE_A_PATH.match(text):
         raise HfvramError("not_found", f"{shown}: no such file or folder")
     if not is_repo_id(repo):
-        raise HfvramError("not_found", f"{shown!r} is no Hub id: expected ORG/NAME, ORG/NAME@REVISION, or a path")
+        raise HfvramError("not_found", f"{shown!r} is no Hub id: expected {VALID}{', or a path' if local else ''}")
     if inner and revision is not None and inner != revision:
         raise HfvramError("usage", f"two revisions of {repo}: {inner} in the name, {revision} beside it; give one")
     wanted = next((r for r in (inner, revision) if r is not None), MAIN)

@@ -33,14 +33,21 @@ _CATALOGUE_ANSWERS: Final[tuple[Kind, ...]] = ("offline", "network", "rate_limit
 
 
 def read_checkpoint(
-    name: str, *, revision: str | None = None, token: str | None = None, offline: bool = False, file: str | None = None
+    name: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    offline: bool = False,
+    file: str | None = None,
+    local: bool = True,
 ) -> Checkpoint:
-    """The model that a name means: a path on this machine, or a Hub id, with `@REVISION`, or a Hub address.
+    """The model that a name means: a path on this machine (but for `local=False`, where the name is a stranger's), or a
+    Hub id, with `@REVISION`, or a Hub address.
 
     An adapter comes with its base model, a pipeline with its components. Where the Hub can't or may not be asked,
     what is in the cache answers, then the catalogue, with a warning. Raises `HfvramError` of every kind of reading.
     """
-    return _read(parse_name(name, revision), _hub(token, offline), file, ())
+    return _read(parse_name(name, revision, local=local), _hub(token, offline), file, ())
 
 
 def read_all_headers(checkpoint: Checkpoint, *, token: str | None = None, offline: bool = False) -> Checkpoint:
