@@ -16,6 +16,7 @@ from hfvram.request import Request
 
 ALPHA = 32
 MOST_REPEATS = 4
+LINEAR, MOST_NAMES = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt"), 20
 REPEAT, NESTED = r"[*+]|{\d*,", r"([*+]|{\d*,\d*})[^(]*\)+([*+]|{\d*,)"
 """In a regular expression of targets: of many, or of one within another, matching may never end."""
 
@@ -61,8 +62,7 @@ def adapt(run: Run, model: Any, request: Request) -> Any:
         try:
             adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=wide)
         except ValueError as error:
-            reason = printable(" ".join(str(error).split()), 200)
-            raise HfvramError("usage", f"--lora-targets: {reason}") from error
+            raise HfvramError("usage", f"--lora-targets: {_reason(error)}{_valid(model, error)}") from error
         if not wide:
             for name, parameter in adapted.named_parameters():
                 if ".lora_" in name and parameter.requires_grad and parameter.dtype != DTYPES[request.adapter_dtype]:
@@ -100,3 +100,16 @@ def task(model: Any) -> str | None:
     if getattr(model, "main_input_name", "input_ids") != "input_ids" or not model.can_generate():
         return None
     return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+
+
+def _reason(error: ValueError) -> str:
+    """PEFT's own words, on one line."""
+    return printable(" ".join(str(error).split()), 200)
+
+
+def _valid(model: Any, error: ValueError) -> str:
+    """Names of linear layers, where those that were asked for are none of the model's."""
+    if "not found in the base model" not in str(error):
+        return ""
+    names = {name.rpartition(".")[2] for name, m in model.named_modules() if type(m).__name__ in LINEAR}
+    return f" Valid are all-linear, {', '.join(sorted(names)[:MOST_NAMES])}"
