@@ -62,7 +62,7 @@ def test_dropout_keeps_a_mask() -> None:
 
 
 def test_targets_that_match_nothing_are_told() -> None:
-    with pytest.raises(HfvramError, match="--lora-targets: Target modules.* Valid are all-linear, .*q_proj"):
+    with pytest.raises(HfvramError, match=r"--lora-targets: Target modules.* Valid are all-linear, .*q_proj"):
         adapted(lora_targets="query")
 
 
