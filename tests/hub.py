@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
@@ -64,8 +65,13 @@ class Asked:
 
 
 def commit_of(files: Mapping[str, "bytes | Sparse"]) -> str:
-    text = repr(sorted((k, v if isinstance(v, bytes) else (v.head, v.size)) for k, v in files.items()))
+    text = repr(sorted((k, v if isinstance(v, bytes) else (_digest(v.head), v.size)) for k, v in files.items()))
     return hashlib.sha1(text.encode()).hexdigest()
+
+
+@lru_cache(maxsize=64)
+def _digest(head: bytes) -> str:
+    return hashlib.sha1(head).hexdigest()
 
 
 def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]], pad_to: int | None = None) -> tuple[bytes, int]:

@@ -163,7 +163,7 @@ def test_each_error_has_its_kind(hub: FakeHub) -> None:
     assert kind_of("a/small", offline=True) == "offline"
     assert kind_of("a/empty") == "no_config"
     assert kind_of("a/broken") == "bad_config"
-    assert kind_of("a/gguf") == "usage"
+    assert kind_of("a/gguf") == "bad_header"
     assert kind_of("a/small", file="other.safetensors") == "usage"
     assert read_checkpoint("a/bins").tensors is None
 
@@ -339,7 +339,7 @@ def test_local_models(hf_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert read_checkpoint("m/odd-name.json").config == {"hidden_size": 1}
     assert size("m/odd-name.json") is None
     assert read_checkpoint("m").source == "local"
-    assert kind_of("m/x.gguf") == "usage"
+    assert kind_of("m/x.gguf") == "bad_header"
     assert kind_of("m/absent.json") == "not_found"
     assert kind_of("/dev/null") == "io"
     (tmp_path / "here" / "lone.safetensors").write_bytes((folder / "model.safetensors").read_bytes())

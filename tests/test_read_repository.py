@@ -164,7 +164,7 @@ def test_adapters_are_told_from_models(tmp_path: Path) -> None:
 
 def test_nothing_to_read(tmp_path: Path) -> None:
     assert kind_of(write(tmp_path / "a", {"README.md": b""})) == "no_config"
-    assert kind_of(write(tmp_path / "b", {"model.Q4_K_M.gguf": b"GGUF"})) == "usage"
+    assert kind_of(write(tmp_path / "b", {"model.Q4_K_M.gguf": b"GGUF"})) == "bad_header"
     assert kind_of(write(tmp_path / "c", {"config.json": b"[]"})) == "bad_config"
     assert kind_of(write(tmp_path / "d", {"config.json": b" " * 10_000_001})) == "bad_config"
     assert kind_of(write(tmp_path / "e", {"config.json": {}, "model.safetensors": b"12345"})) == "bad_header"

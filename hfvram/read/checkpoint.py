@@ -9,7 +9,8 @@ Source = Literal["hub", "cache", "local", "catalogue"]
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor as a file stores it: `dtype` as safetensors has it (`BF16`, `F8_E4M3`, `I32`), sizes in elements."""
+    """One tensor as a file stores it: `dtype` as safetensors has it (`BF16`, `F8_E4M3`, `I32`), or GGUF (`Q4_K`); sizes
+    in elements."""
 
     name: str
     dtype: str
@@ -44,6 +45,10 @@ class Checkpoint:
     generation_config: Mapping[str, Any] | None = None
     adapter: Adapter | None = None
     components: Mapping[str, "Checkpoint"] = field(default_factory=dict)
+    gguf: Mapping[str, Any] | None = None
+    """Metadata of a GGUF file, which has no `config`."""
+    projector: tuple[StoredTensor, ...] = ()
+    """Tensors of the GGUF file that holds towers for images or sound, where it is asked for."""
     path: str | None = None
     """Folder to build the model from with its own code, only where the user trusts it."""
     warnings: tuple[str, ...] = ()

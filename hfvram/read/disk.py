@@ -8,7 +8,9 @@ from typing import Final
 from hfvram.errors import HfvramError
 from hfvram.read.checkpoint import Source, StoredTensor
 from hfvram.read.configuration import MAX_CONFIG_BYTES
+from hfvram.read.cursor import Cursor
 from hfvram.read.folder import Contents
+from hfvram.read.gguf import GgufHeader, parse_gguf
 from hfvram.read.headers import header_length, parse_header
 
 MAX_FILES: Final = 20_000
@@ -31,6 +33,10 @@ class DiskFolder:
             {p: read_text(os.path.join(self.path, p)) for p in texts if p in self.files},
             {p: read_header(os.path.join(self.path, p)) for p in headers if p in self.files},
         )
+
+    def read_gguf(self, paths: Sequence[str]) -> list[GgufHeader]:
+        """Raises `io`, `bad_header`, `missing_extra`."""
+        return [read_gguf(os.path.join(self.path, p)) for p in paths]
 
 
 def list_files(path: str) -> frozenset[str]:
@@ -81,6 +87,24 @@ def read_header(path: str) -> tuple[StoredTensor, ...]:
     except OSError as e:
         raise _io(path, e) from None
     return parse_header(raw, size - 8 - length, path)
+
+
+def read_gguf(path: str) -> GgufHeader:
+    """The header of a GGUF file. Raises `io`, `bad_header`, `missing_extra`."""
+    try:
+        with open(path, "rb") as f:
+
+            def fetch(spans: Sequence[tuple[int, int]]) -> list[bytes]:
+                parts = []
+                for start, stop in spans:
+                    f.seek(start)
+                    parts.append(f.read(stop - start))
+                return parts
+
+            size = os.fstat(f.fileno()).st_size
+            return parse_gguf(Cursor(fetch, size, step=1 << 20, largest=1 << 20), path)
+    except OSError as e:
+        raise _io(path, e) from None
 
 
 def _io(path: str, e: OSError) -> HfvramError:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from hfvram.read.checkpoint import Source, StoredTensor
+from hfvram.read.gguf import GgufHeader
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,3 +35,6 @@ class Folder(Protocol):
 
     def read(self, texts: Sequence[str], headers: Sequence[str]) -> Contents:
         """Small files and safetensors headers, all at once. What isn't in `files` is left out."""
+
+    def read_gguf(self, paths: Sequence[str]) -> list[GgufHeader]:
+        """The headers of GGUF files, all at once."""

@@ -12,6 +12,7 @@ from hfvram.read.completion import complete
 from hfvram.read.configuration import parse_object
 from hfvram.read.disk import DiskFolder, list_files, read_text
 from hfvram.read.folder import Folder
+from hfvram.read.gguf_model import read_model
 from hfvram.read.hub import Hub, RepoInfo
 from hfvram.read.names import MAIN, LocalPath, RepoName, parse_name
 from hfvram.read.remote import HubFolder
@@ -110,7 +111,8 @@ def _read_local(path: str, file: str | None) -> Checkpoint | Adapter:
         raise HfvramError("io", f"{shown} is neither a folder nor a regular file")
     parent, name = os.path.split(os.path.abspath(path))
     if name.endswith(".gguf"):
-        raise HfvramError("usage", f"{shown}: reading GGUF files comes later; name a folder, a config.json or a Hub id")
+        here = frozenset(f for f in list_files(parent) if "/" not in f) | {name}
+        return read_model(DiskFolder(shown, parent, here), name)
     weights = name.endswith((".safetensors", ".safetensors.index.json"))
     if not weights and name not in ("config.json", "adapter_config.json"):
         return Checkpoint(id=shown, source="local", config=parse_object(read_text(path), shown))

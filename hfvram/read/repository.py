@@ -8,6 +8,8 @@ from hfvram.errors import HfvramError, printable
 from hfvram.read.checkpoint import Adapter, Checkpoint, StoredTensor
 from hfvram.read.configuration import parse_json, parse_object
 from hfvram.read.folder import Contents, Folder
+from hfvram.read.gguf_files import models, only_gguf
+from hfvram.read.gguf_model import read_model
 from hfvram.read.headers import BITS
 from hfvram.read.weights import Weights, find_weights, shards_of_index
 
@@ -25,8 +27,12 @@ _ADAPTER = "adapter_config.json"
 def read_folder(folder: Folder, file: str | None = None) -> Checkpoint:
     """The model or pipeline that a folder holds; `file` picks the weights by name.
 
-    Raises `no_config`, `bad_config`, `bad_header`, `io` or what the Hub raises; `usage` for a `file` that isn't there.
+    Where all weights are GGUF files, or `file` picks one, that is the model. Raises `no_config`, `bad_config`,
+    `bad_header`, `missing_extra`, `io` or what the Hub raises; `usage` for a `file` that isn't there.
     """
+    asked = file is not None and not file.endswith(".safetensors")
+    if (asked and models(folder.files)) or (file is None and only_gguf(folder.files)):
+        return read_model(folder, file)
     if file is not None:
         return _models(folder, [""], weights={"": _picked(folder, file)})[""]
     if _DIFFUSERS in folder.files:
@@ -157,8 +163,6 @@ def _picked(folder: Folder, file: str) -> Weights:
 
 
 def _no_config(folder: Folder, prefix: str) -> HfvramError:
-    if {f.rpartition(".")[2] for f in folder.files} & {"gguf", "safetensors"} == {"gguf"}:
-        return HfvramError("usage", f"{folder.id} holds GGUF files: reading them comes later")
     return HfvramError("no_config", f"{folder.id} has no {prefix}{_CONFIG}: there is nothing to read a model from")
 
 
