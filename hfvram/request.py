@@ -29,7 +29,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 PATTERNS = ("lora_targets", "freeze")
 """Options that are names, or one regular expression: text without a comma is left as it is."""
 COUNTS = (
-    *("ctx", "batch", "new_tokens", "grad_accum", "lora_r", "gpus", "tp", "pp", "ep", "cp"),
+    *("ctx", "batch", "new_tokens", "grad_accum", "checkpoint_every", "lora_r", "gpus", "tp", "pp", "ep", "cp"),
     *("max_num_seqs", "max_num_batched_tokens"),
 )
 """Options that are whole numbers from 1 on."""
@@ -59,6 +59,7 @@ class Request:
     optimizer: str = "adamw_torch_fused"
     mixed_precision: str = "no"
     gradient_checkpointing: bool = False
+    checkpoint_every: int = 1
     grad_accum: int = 1
     lora_r: int = 16
     lora_targets: str | tuple[str, ...] = "all-linear"
@@ -112,6 +113,12 @@ class Request:
         for name in ("max_ctx", "max_batch"):
             if getattr(self, name) and self.gpu is None:
                 raise HfvramError("usage", f"{_flag(name)} needs --gpu: a name, a size such as 24GB, or local")
+        if self.checkpoint_every > 1 and not self.gradient_checkpointing:
+            raise HfvramError(
+                "usage",
+                f"--checkpoint-every {self.checkpoint_every} says which layers are recomputed: "
+                "add --gradient-checkpointing",
+            )
         for what in self.offload:
             if what not in OFFLOADS:
                 raise HfvramError("usage", f"--offload {printable(what, 40)} is not one of {', '.join(OFFLOADS)}")

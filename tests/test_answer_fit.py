@@ -145,6 +145,12 @@ def test_ways_to_train_are_few_runs_the_mildest_first() -> None:
     ]
 
 
+def test_layers_that_are_not_recomputed_are_offered_to_be() -> None:
+    request = Request(mode="lora", ctx=4096, gradient_checkpointing=True, checkpoint_every=4)
+    fit = judge(lambda r: 10 * r.checkpoint_every, request, Gpu("20", 20), max_positions=8192)
+    assert fit.ways[0].change == "--checkpoint-every 1"
+
+
 def sharded(request: Request) -> int:
     """10,000 kB of states, which sharding divides by the GPUs and offloading takes away; 1 kB a token."""
     if "params" in request.offload or "optimizer" in request.offload:

@@ -38,6 +38,7 @@ def test_not_yet(options: dict[str, Any], valid: str) -> None:
     [
         {"optimizer": "sgd"},
         {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "checkpoint_every": 2},
         {"grad_accum": 4},
         {"mixed_precision": "bf16"},
         {"lora_r": 8},

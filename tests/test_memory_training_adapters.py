@@ -116,6 +116,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"dtype": "fp32", "mixed_precision": "bf16"},
     {"mode": "qlora"},
     {"mode": "qlora", "gradient_checkpointing": True, "ctx": 64, "optimizer": "paged_adamw_8bit"},
+    {"mode": "qlora", "gradient_checkpointing": True, "checkpoint_every": 2},
     {"mode": "qlora", "double_quant": False, "quant": "fp4", "lora_dropout": 0.1, "ctx": 64},
     {"mode": "qlora", "mixed_precision": "bf16", "ctx": 64},
     {"mode": "qlora", "quant": "int8", "gradient_checkpointing": True},

@@ -64,6 +64,7 @@ FSDP: list[dict[str, Any]] = [
     {"fsdp": "full_shard"},
     {"fsdp": "shard_grad_op", "gradient_checkpointing": True},
     {"fsdp": "full_shard", "gpus": 3, "mixed_precision": "bf16", "dtype": "fp32", "gradient_checkpointing": True},
+    {"fsdp": "full_shard", "gpus": 2, "gradient_checkpointing": True, "checkpoint_every": 2},
     {"fsdp": "full_shard", "mixed_precision": "bf16"},
     {"fsdp": "full_shard", "grad_accum": 2, "mixed_precision": "bf16", "dtype": "fp32"},
     {"fsdp": "hybrid_shard", "gpus": 16, "mixed_precision": "bf16", "dtype": "fp32"},

@@ -11,7 +11,7 @@ from hfvram.model.layers import Layer
 from hfvram.request import Request
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 256, "num_attention_heads": 4}
-LLAMA = SIZES | {"model_type": "llama", "num_key_value_heads": 2, "num_hidden_layers": 11}
+LLAMA = SIZES | {"model_type": "llama", "num_key_value_heads": 2, "num_hidden_layers": 13}
 GEMMA = SIZES | {"model_type": "gemma2", "num_key_value_heads": 2, "num_hidden_layers": 15, "head_dim": 16}
 GEMMA |= {"sliding_window": 8}
 
@@ -35,6 +35,7 @@ def events(t: Timeline) -> list[int]:
     [
         {},
         {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "checkpoint_every": 2},
         {"grad_accum": 4, "optimizer": "adamw_torch"},
         {"dtype": "fp32", "mixed_precision": "bf16", "optimizer": "adafactor"},
         {"attention": "eager", "optimizer": "galore_adamw"},

@@ -157,6 +157,7 @@ def sequence(t: Timeline) -> list[int]:
 OPTIONS: list[dict[str, Any]] = [
     {"batch": 2},
     {"gradient_checkpointing": True},
+    {"gradient_checkpointing": True, "checkpoint_every": 2, "batch": 2},
     {"dtype": "fp32", "grad_accum": 2},
     {"attention": "eager", "batch": 2, "dtype": "fp32"},
     {"padding": True, "batch": 2},

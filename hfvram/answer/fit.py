@@ -169,6 +169,8 @@ def fixed_changes(request: Request) -> list[Change]:
         found += [lambda r: r.with_(quant="int8"), lambda r: r.with_(quant="nf4")]
     if request.mode != "inference" and not request.gradient_checkpointing:
         found.append(lambda r: r.with_(gradient_checkpointing=True))
+    if request.checkpoint_every > 1:
+        found.append(lambda r: r.with_(checkpoint_every=1))
     if request.mode == "train" and request.optimizer.startswith("adamw_torch"):
         found.append(lambda r: r.with_(optimizer="adamw_8bit"))
     if request.batch > 1:
@@ -253,6 +255,7 @@ def cost(asked: Request, changed: Request) -> float:
     price += sum({"experts": 2.0, "layers": 4.0}.get(what, 0.8) for what in set(changed.offload) - set(asked.offload))
     price += 0.4 * log2(changed.tp / asked.tp)
     price += 0.3 * (asked.gradient_checkpointing != changed.gradient_checkpointing)
+    price += 0.2 * (asked.checkpoint_every != changed.checkpoint_every)
     return price + 0.4 * (asked.optimizer != changed.optimizer) + 0.5 * (asked.dtype != changed.dtype)
 
 

@@ -27,7 +27,7 @@ SIMULATED_CACHES: Final = ("offloaded", "quantized")
 SIMULATED_QUANTS: Final = ("fp8",)
 """Made while loading by transformers' own code, which only the exact engine runs."""
 TRAINING: Final = (
-    *("gradient_checkpointing", "mixed_precision", "grad_accum", "optimizer"),
+    *("gradient_checkpointing", "checkpoint_every", "mixed_precision", "grad_accum", "optimizer"),
     *("lora_r", "lora_targets", "lora_dropout", "adapter_dtype", "fsdp"),
     *("rslora", "dora", "modules_to_save", "freeze"),
 )

@@ -27,6 +27,9 @@ def layer_activation_bytes(
     with sequence parallelism, too. Selective recomputation of the core attention drops the term of a·s², full
     recomputation leaves the layer's input, 2·s·b·h, which sequence parallelism keeps whole as the paper counts it.
 
+    With a fused kernel (SDPA, flash-attn) nothing of a·s² is kept, so that recomputing the core attention alone saves
+    nothing but its output: a request knows only whole layers, all of them or one of N (`checkpoint_every`).
+
     Leaves out: gated feed-forwards, grouped keys and values, fused kernels, norms in fp32, buffers.
 
     Selective recomputation saves 70 % of GPT-3's activations and 65 % of MT-NLG 530B's (section 5):

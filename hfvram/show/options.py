@@ -54,6 +54,7 @@ GROUPS = (
         ("--optimizer", "NAME", "transformers' name (adamw_torch_fused)"),
         ("--mixed-precision", "", "autocast"),
         ("--gradient-checkpointing", "", "recompute activations"),
+        ("--checkpoint-every", "N", "recompute one layer of N, as every_n_layers of Trainer (1: all)"),
         ("--grad-accum", "N", "steps of gradient accumulation (1)"),
         ("--lora-r", "N", "rank (16)"),
         ("--lora-targets", "NAMES", "modules (all-linear)"),

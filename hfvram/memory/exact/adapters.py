@@ -40,6 +40,8 @@ def adapt(run: Run, model: Any, request: Request) -> Any:
                 use_gradient_checkpointing=request.gradient_checkpointing,
                 gradient_checkpointing_kwargs={"use_reentrant": False},  # as transformers has it
             )
+            if request.gradient_checkpointing:  # as Trainer does, once the model is prepared
+                model.gradient_checkpointing_enable(every_n_layers=request.checkpoint_every)
             name_tensors(run.tracker, model)
         elif request.gradient_checkpointing:
             model.enable_input_require_grads()

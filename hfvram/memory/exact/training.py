@@ -27,7 +27,7 @@ def train(run: Run, model: Any, request: Request) -> None:
         given["attention_mask"] = padding_mask(run, given["input_ids"])
     model.train()
     if request.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable(every_n_layers=request.checkpoint_every)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
     if request.mode in ("lora", "qlora"):

@@ -166,11 +166,11 @@ def through(
     t: Tape, layers: list[tuple[Layer, int | None]], blocks: list[Blocks], first: list[Tensor], around: Surroundings
 ) -> Tensor:
     """All layers, one after the other, from what is taken out of `first`."""
-    hidden = first.pop()
-    for (layer, segment), leaves in zip(layers, blocks, strict=True):
+    hidden, asked = first.pop(), around.request
+    for i, ((layer, segment), leaves) in enumerate(zip(layers, blocks, strict=True)):
         if segment != t.segment:
             t.enter(segment)
-        if around.request.gradient_checkpointing:
+        if asked.gradient_checkpointing and i % asked.checkpoint_every == 0:
             hidden = _checkpointed(t, layer, leaves, hidden, around)
         else:
             hidden = _whole(t, layer, leaves, hidden, around)

@@ -29,16 +29,19 @@ class Plan(NamedTuple):
     groups: int
 
 
-def plan(layers: Sequence[Layer]) -> Plan:
-    """The longest stretch of layers that repeat with a short period, shortened.
+def plan(layers: Sequence[Layer], every: int = 1) -> Plan:
+    """The longest stretch of layers that repeat with a short period, shortened. Where one of `every` layers is
+    checkpointed, the period is a multiple of that, and a layer's place in the plan says as its own whether it is.
 
     >>> a, b = Layer(), Layer(norm="layer")
     >>> short = plan([a, *[b, a] * 9, b])
     >>> len(short.layers), short.groups, [group for _, group in short.layers[-3:]]
     (10, 10, [3, 4, 4])
+    >>> [plan([a] * 24, every).groups for every in (1, 2, 3, 5)]
+    [24, 12, 8, 0]
     """
     best = (0, 0, 0, 0)
-    for period in range(1, LONGEST_PERIOD + 1):
+    for period in range(every, LONGEST_PERIOD * every + 1, every):
         start = 0
         for i in range(period, len(layers) + 1):
             if i < len(layers) and layers[i] is layers[i - period]:

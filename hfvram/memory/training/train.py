@@ -62,7 +62,7 @@ def timeline(
     if stage.of > 1:
         architecture = stage_of(model, stage.index, stage.of)
     training = Training(architecture, request)
-    layers, groups = plan(training.layers)
+    layers, groups = plan(training.layers, request.checkpoint_every)
     tower = architecture.stacks[0] if architecture.task == "seq2seq" else None
     beside, others = plan(tower.layers) if tower else (layers, groups)
     moe = architecture.moe
@@ -141,6 +141,9 @@ def refuse(architecture: Architecture, request: Request) -> None:
         _refuse_seq2seq(architecture, request)
     else:
         single_stack(architecture)
+    if request.checkpoint_every > 1 and (len(architecture.stacks) > 1 or request.zero == 3 or request.pp > 1):
+        why = f" of {architecture.class_name}" if len(architecture.stacks) > 1 else " with --zero 3 or --pp"
+        raise unknown(f"--checkpoint-every {request.checkpoint_every}{why}")
     if towers(architecture) and request.mode != "train":
         raise unknown(f"--mode {request.mode} of {architecture.class_name}")
     if towers(architecture) and (request.fsdp or request.zero or mesh_of(request).gpus > 1):
