@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 
 
 def estimate(
-    model: str,
+    model: str | None = None,
     *,
     revision: str | None = None,
     token: str | None = None,
@@ -29,12 +29,18 @@ def estimate(
 ) -> "Estimate":
     """What `model` (a Hub id, a folder, a file) takes, with the command line's options as keywords: `ctx=8192`.
 
+    `from_` is the path of a training file, or a list of them, which may name the model.
     Raises HfvramError, whose `kind` says why there is no answer.
     """
+    from hfvram.answer.from_files import noted, understood
     from hfvram.answer.question import Session
 
+    model, options, own, notes = understood(model, options)
+    if not model:
+        raise HfvramError("usage", "which model? An id, a folder or a file, or from_= a file that names one")
     request = Request.from_dict(options)
-    return Session().estimate(model, request, revision=revision, token=token, offline=offline, file=file)
+    found = Session().estimate(model, request, revision=revision or own, token=token, offline=offline, file=file)
+    return noted(found, notes)
 
 
 def dry_run(gpu: str | None = None) -> "DryRun":

@@ -13,6 +13,7 @@ from hfvram.memory.mesh import mesh_of
 from hfvram.memory.tensor_parallel import NO_PLAN
 from hfvram.memory.training.deepspeed import BUCKET_ELEMENTS, auto_bucket
 from hfvram.memory.weights import DEQUANTIZED, packed_bits
+from hfvram.model.adapter import defaults
 from hfvram.model.architecture import Architecture
 from hfvram.model.layers import Attention
 from hfvram.request import CHOICES, Request
@@ -76,6 +77,9 @@ def resolve(architecture: Architecture, request: Request) -> tuple[Request, list
         warnings += _several(architecture, request, gpus)
     if request.zero:
         warnings += _deepspeed(architecture, request, dtype)
+    if request.lora_targets == "default" and request.mode in ("lora", "qlora"):
+        request = request.with_(lora_targets=tuple(defaults(architecture.model_type)))
+        warnings.append(f"PEFT's own targets for {architecture.model_type}: {', '.join(request.lora_targets)}")
     attention = _attention(architecture, request)
     if attention != request.attention:
         warnings.append(

@@ -8,6 +8,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from hfvram.answer.estimate import error_dict
+from hfvram.answer.from_files import noted, understood
 from hfvram.errors import HfvramError
 from hfvram.request import Request
 from hfvram.show.json import dumps
@@ -78,7 +79,8 @@ def answer_line(line: bytes) -> dict[str, Any]:
     asked: Any = None
     try:
         asked = _parsed(line)
-        estimate = _session().estimate(*_question(asked), **{k: asked[k] for k in SOURCE if k in asked})
+        named, request, source, notes = _question(asked)
+        estimate = noted(_session().estimate(named, request, **source), notes)
         return {"id": asked.get("id"), **estimate.to_dict()}
     except HfvramError as error:
         failed = error_dict(error.kind, error.message)
@@ -105,14 +107,18 @@ def in_words(answer: dict[str, Any]) -> str:
     return f"{shortened(id_, 12):12}  {model:36}  ctx {asked['ctx']:,}  batch {asked['batch']}  {sizes}{verdict}"
 
 
-def _question(asked: dict[str, Any]) -> tuple[str, Request]:
-    model = asked.get("model")
-    if not isinstance(model, str) or not model:
+def _question(asked: dict[str, Any]) -> tuple[str, Request, dict[str, Any], tuple[str, ...]]:
+    options: dict[str, Any] = {k: v for k, v in asked.items() if k not in SOURCE and k not in ("id", "model")}
+    named = asked.get("model")
+    model, options, revision, notes = understood(named if isinstance(named, str) else None, options)
+    if not model:
         raise HfvramError("usage", 'a request needs a "model": an id, a folder or a file')
     for key, kind in SOURCE.items():
         if asked.get(key) is not None and not isinstance(asked[key], kind):
             raise HfvramError("usage", f'"{key}" is not {"true or false" if kind is bool else "text"}')
-    return model, Request.from_dict({k: v for k, v in asked.items() if k not in SOURCE and k not in ("id", "model")})
+    source = {k: asked[k] for k in SOURCE if k in asked}
+    source |= {"revision": revision} if revision and "revision" not in asked else {}
+    return model, Request.from_dict(options), source, notes
 
 
 def _parsed(line: bytes) -> dict[str, Any]:

@@ -83,6 +83,14 @@ def _ask(ctx: click.Context, /, models: tuple[str, ...], **values: Any) -> int:
     for name in LATER:
         if name in given:
             raise HfvramError("usage", f"--{name.replace('_', '-')} is not supported yet by hfvram {__version__}")
+    notes: tuple[str, ...] = ()
+    if given.get("from"):
+        from hfvram.answer.from_files import understood
+
+        named, given, revision, notes = understood(models[0] if models else None, given)
+        models = models or tuple(filter(None, (named,)))
+        given = {k: str(v) if k in GRID else v for k, v in given.items()}
+        given |= {"revision": revision} if revision and "revision" not in given else {}
     if not models and isinstance(line := given.get("engine_args"), str):
         from hfvram.read.engine_line import parse
 
@@ -102,7 +110,7 @@ def _ask(ctx: click.Context, /, models: tuple[str, ...], **values: Any) -> int:
     simulates = asked.get("method") == "simulate" or asked.get("mode", "inference") != "inference"
     doing = "running the model's own code on the meta device" if simulates else f"reading {printable(models[0], 60)}"
     with waiting(doing, quiet="quiet" in output):
-        rows = list(answers(models, asked, source))
+        rows = list(answers(models, asked, source, notes))
     if len(rows) == 1 and isinstance(rows[0].answer, HfvramError):
         raise rows[0].answer
     notices(rows, quiet="quiet" in output)
@@ -110,12 +118,15 @@ def _ask(ctx: click.Context, /, models: tuple[str, ...], **values: Any) -> int:
     return exit_code(rows, asked)
 
 
-def answers(models: tuple[str, ...], asked: dict[str, Any], source: dict[str, Any]) -> Iterator[Row]:
-    """An answer for every model and every cell of the grid. A usage error in the request itself is raised at once."""
+def answers(
+    models: tuple[str, ...], asked: dict[str, Any], source: dict[str, Any], notes: tuple[str, ...] = ()
+) -> Iterator[Row]:
+    """An answer, with `notes`, for every model and cell of the grid. A usage error in the request is raised at once."""
     lists = {k: [v.strip() for v in asked[k].split(",")] for k in GRID if k in asked}
     several = {k for k, values in lists.items() if len(values) > 1}
     cells = [dict(zip(lists, values, strict=True)) for values in product(*lists.values())]
     requests = [Request.from_dict(asked | cell) for cell in cells]
+    from hfvram.answer.from_files import noted
     from hfvram.answer.gpus import find_gpu
     from hfvram.answer.question import Session
 
@@ -126,7 +137,7 @@ def answers(models: tuple[str, ...], asked: dict[str, Any], source: dict[str, An
         for cell, request in zip(cells, requests, strict=True):
             differs = {k: cell[k] for k in GRID if k in several}
             try:
-                yield Row(model, differs, session.estimate(model, request, **source))
+                yield Row(model, differs, noted(session.estimate(model, request, **source), notes))
             except HfvramError as error:
                 yield Row(model, differs, error)
 

@@ -11,7 +11,7 @@ GRID = ("ctx", "batch", "quant", "gpus", "gpu", "kv_dtype")
 """Options that take a comma list: each value is a request of its own."""
 
 LATER = (
-    "n_gpu_layers", "n_cpu_moe", "override_tensor", "from", "plot",
+    "n_gpu_layers", "n_cpu_moe", "override_tensor", "plot",
 )  # fmt: skip
 """Options that a later version answers; until then they are refused, never ignored."""
 
@@ -57,7 +57,7 @@ GROUPS = (
         ("--checkpoint-every", "N", "recompute one layer of N, as every_n_layers of Trainer (1: all)"),
         ("--grad-accum", "N", "steps of gradient accumulation (1)"),
         ("--lora-r", "N", "rank (16)"),
-        ("--lora-targets", "NAMES", "modules (all-linear)"),
+        ("--lora-targets", "NAMES", "modules (all-linear); default: what PEFT takes for the model type"),
         ("--lora-dropout", "P", "dropout (0)"),
         ("--adapter-dtype", "", "dtype of the adapter"),
         ("--rslora", "", "rank-stabilized LoRA"),
@@ -92,7 +92,7 @@ GROUPS = (
         ("--engine-args", "LINE", "the line that starts the engine: \"vllm serve …\"; other options win over it"),
         ("--requests", "LIST", "concurrent requests, count × tokens: 512x2048,16x32768"),
         ("--draft", "MODEL", "vLLM, SGLang: the model that speculates"),
-        ("--from", "FILE", "a training or DeepSpeed configuration file"),
+        ("--from", "FILE", "TrainingArguments, TRL, Axolotl, LLaMA-Factory, accelerate or DeepSpeed; several times"),
     )),
     Group("The verdict", (
         ("--gpu", "GPU", "* does it fit: a name, 24GB, 24GiB or local (`hfvram gpus` lists names)"),
@@ -140,6 +140,7 @@ def options() -> list[click.Parameter]:
             choices = CHOICES.get(name)
             kind: dict[str, Any] = {"metavar": metavar or "NAME"} if metavar or choices else {"is_flag": True}
             text = f"{text}: {', '.join(choices)}" if choices else f"{text} (not yet)" if name in LATER else text
+            kind |= {"multiple": True} if name == "from" else {}
             declared = ["-q", "--quiet"] if name == "quiet" else [flags]
             made.append(click.Option([*declared, name], help=text, default=None, **kind))
     return made
