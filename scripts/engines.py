@@ -55,10 +55,6 @@ KNOWN: dict[str, tuple[float, str]] = {
     "gptj": (3, "its rotary positions are counted too low by formula"),
     "kimi_k25": (69, "the simulation builds its int4 experts in bf16"),
     "mt5": (11, "its gated feed-forward without attention kernels is counted too high by formula"),
-    "qwen3_5": (
-        15,
-        "Triton's autotuner and the delta rule stand together by formula, one after the other in the simulation",
-    ),
 }
 """Types that differ by more in inference: by how much at most, and why."""
 

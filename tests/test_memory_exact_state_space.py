@@ -43,6 +43,50 @@ def test_scan_copies_what_is_transposed() -> None:
     assert allocated("selective_scan_fn", x, empty(b, d, s), a, narrow, narrow)[0] == b * d * s * 2
 
 
+def test_the_delta_rules_kernels_are_tuned_each_at_its_first_launch() -> None:
+    """The buffer of the last one stands beside all that the others made."""
+    b, s, h, d = 1, 128, 4, 32
+    q, gate = empty(b, s, h, d), empty(b, s, h)
+    run = Run()
+    rule = kernels(run, gradients=False)["chunk_gated_delta_rule"]
+    with run.tracker, torch.no_grad():
+        out = rule(q, q, q, g=gate, beta=gate, output_final_state=True)
+    sizes = run.timeline.sizes
+    assert sizes.count(TUNING_BYTES) == 5
+    last = len(sizes) - 1 - sizes[::-1].index(TUNING_BYTES)
+    done = run.timeline.events[: run.timeline.events.index(last)]
+    live = [sizes[e] for e in done if e >= 0 and ~e not in done]
+    wide, states = b * s * h * d * 2, 2 * h * d * d * 2
+    # q, k normed, sums, inverse, w, u, states of two chunks, last state, corrected values, output
+    assert live == [wide, wide, b * s * h * 4, b * s * h * 64 * 2, wide, wide, states, h * d * d * 4, wide, wide]
+    del out
+
+
+def test_a_trial_of_inputs_tunes_nothing() -> None:
+    """What a multimodal model is given is tried first: the autotuner's buffer belongs to the pass that counts."""
+    text = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+        "layer_types": ["linear_attention", "full_attention"],
+        "vocab_size": 256,
+    }
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
+    config = {"model_type": "qwen3_5", "text_config": text, "vision_config": vision}
+    asked = {"mode": "inference", "ctx": 96, "new_tokens": 4, "dtype": "bf16", "attention": "sdpa", "phase": "generate"}
+    timeline = simulate(config, "Qwen3_5ForConditionalGeneration", Request.from_dict(asked | {"kernels": "fused"}))
+    tuned = [i for i, nbytes in enumerate(timeline.sizes) if nbytes == TUNING_BYTES]
+    assert len(tuned) == 5
+    assert {timeline.phase_at(timeline.events.index(i) + 1) for i in tuned} == {"prefill"}
+
+
 def test_chunked_scan_tunes_its_five_kernels_once() -> None:
     b, s, h, p, n, q = 1, 512, 4, 16, 8, 256
     x, dt, a, bc = empty(b, s, h, p), empty(b, s, h), empty(h, dtype=torch.float32), empty(b, s, 1, n)

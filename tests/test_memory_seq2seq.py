@@ -96,6 +96,7 @@ def test_what_is_allocated_is_freed_but_inputs_caches_and_output(config: dict[st
         "token ids, mask and positions",
         "features of the sound",
         "cuBLAS workspace",
+        "cuBLASLt workspace",
         "keys and values",
         "hidden states",
     }

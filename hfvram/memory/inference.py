@@ -12,13 +12,13 @@ from hfvram.memory.attention import implementation, needs_mask, stored_tokens
 from hfvram.memory.blocks import HIDDEN, normalize
 from hfvram.memory.compressed import window
 from hfvram.memory.forward import Forward
-from hfvram.memory.generation import CUBLAS_SOURCE
 from hfvram.memory.hybrid import hybrid, is_hybrid, keeps_embedding, scales_embedding
 from hfvram.memory.mixers import feed, grow_cache, mix
 from hfvram.memory.offload import BROUGHT_LAYER, HOOKS, brought_layer
 from hfvram.memory.repetition import Pattern, pattern, repeat
 from hfvram.memory.streams import STREAMS, collapse, streams_layer
 from hfvram.memory.timeline import Tag, Timeline
+from hfvram.memory.workspaces import workspaces
 from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.layers import Attention, CompressedAttention, FeedForward, LatentAttention, Layer, MixtureOfExperts
 
@@ -28,7 +28,6 @@ ANGLES = Tag("rotary angles", "activations", "b·s·d·e", "transformers 5.17: L
 MASK = Tag("attention mask", "activations", "b·s·t", "transformers 5.17: masking_utils.py")
 LOGITS = Tag("logits", "activations", "b·V·e", GENERATE)
 RECEIVED = Tag("hidden states from another GPU", "activations", "b·s·h·e", HOOKS)
-WORKSPACE = Tag("cuBLAS workspace", "workspace", "", CUBLAS_SOURCE)
 
 
 def generate(t: Timeline, architecture: Architecture, f: Forward, new_tokens: int) -> None:
@@ -57,7 +56,7 @@ def prefill(t: Timeline, architecture: Architecture, f: Forward) -> list[list[in
     t.symbols = symbols(architecture, f)
     t.mark("prefill")
     t.alloc(3 * f.batch * f.tokens * 8, IDS)
-    t.alloc(f.gpu.cublas_bytes, WORKSPACE)
+    workspaces(t, f, architecture, architecture.text)
     forward(t, architecture, f, caches)
     _count_cache(t, caches)
     return caches
@@ -69,7 +68,7 @@ def encode(t: Timeline, architecture: Architecture, f: Forward) -> None:
     f = replace(f, use_cache=architecture.generates_cache)
     t.mark("encode")
     t.alloc(f.batch * f.tokens * 8, IDS)
-    t.alloc(f.gpu.cublas_bytes, WORKSPACE)
+    workspaces(t, f, architecture, architecture.text)
     forward(t, architecture, f, [[] for _ in architecture.text.layers])
 
 

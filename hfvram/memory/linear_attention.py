@@ -105,21 +105,26 @@ def _rule(t: Timeline, f: Forward, part: GatedDeltaNet) -> tuple[int, int]:
 def _fused_rule(t: Timeline, f: Forward, part: GatedDeltaNet) -> tuple[int, int]:
     """flash-linear-attention's kernels: states of every 64 tokens in the computing dtype.
 
-    Returns output and last state. Triton's autotuner holds its buffer at the first launch.
+    Returns output and last state. Triton's autotuner holds its buffer at the first launch of each kernel: the last one
+    stands beside all that the others made.
     """
-    heads = part.value_heads
+    heads, d_k, d_v = part.value_heads, part.key_dim, part.value_dim
     keys, values = f.bytes(heads * part.key_dim), f.bytes(heads * part.value_dim)
     held = [t.alloc(keys, FUSED_RULE), t.alloc(keys, FUSED_RULE)]
     products = t.alloc(f.fp32_bytes(heads * CHUNK), FUSED_RULE)
+    tune(t, "delta rule, scores", heads, d_k)
     held.append(t.alloc(f.bytes(heads * CHUNK), FUSED_RULE))
+    tune(t, "delta rule, inverse", heads)
     t.free(products)
     held += [t.alloc(keys, FUSED_RULE), t.alloc(values, FUSED_RULE)]
+    tune(t, "delta rule, w and u", heads, d_k, d_v)
     chunks = f.batch * -(-f.tokens // CHUNK)
     held.append(t.alloc(chunks * _delta_state(part) * f.element_bytes, FUSED_RULE))
     last = t.alloc(f.batch * _delta_state(part) * 4, FUSED_RULE)
     held.append(t.alloc(values, FUSED_RULE))
+    tune(t, "delta rule, states", heads, d_k, d_v)
     out = t.alloc(values, OUT)
-    tune(t, "delta rule", heads, part.key_dim, part.value_dim)
+    tune(t, "delta rule, output", heads, d_k, d_v)
     t.free(*held)
     return out, last
 

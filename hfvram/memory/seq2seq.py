@@ -9,8 +9,9 @@ from dataclasses import replace
 
 from hfvram.memory.blocks import HIDDEN, normalize
 from hfvram.memory.forward import Forward
-from hfvram.memory.inference import IDS, MASK, WORKSPACE, forward, layer_width, run_layer, symbols
+from hfvram.memory.inference import IDS, MASK, forward, layer_width, run_layer, symbols
 from hfvram.memory.timeline import Tag, Timeline
+from hfvram.memory.workspaces import workspaces
 from hfvram.model.architecture import Architecture, Stack
 
 WHISPER = "transformers 5.17: WhisperEncoder.forward"
@@ -54,7 +55,7 @@ def encode(t: Timeline, architecture: Architecture, f: Forward) -> None:
     t.symbols = symbols(architecture, f)
     t.mark("encode")
     held, hidden = (_listen if stack.tokens else _read)(t, f, architecture, stack)
-    t.alloc(f.gpu.cublas_bytes, WORKSPACE)
+    workspaces(t, f, architecture, stack, architecture.text)
     if f.masked and not stack.tokens:
         held.append(t.alloc(f.rows * f.tokens, MASK))
     left: list[int] = []

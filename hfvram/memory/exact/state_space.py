@@ -17,7 +17,7 @@ from hfvram.errors import HfvramError
 from hfvram.memory.exact.chunk_scan import Tune, chunk_scan, contiguous, split_scan
 from hfvram.memory.exact.kernels import empty
 from hfvram.memory.exact.selective_scan import alike, inner, selective_scan
-from hfvram.memory.timeline import Tag, Timeline
+from hfvram.memory.timeline import Tag
 
 if TYPE_CHECKING:
     from hfvram.memory.exact.run import Run
@@ -29,10 +29,11 @@ FALLBACKS = ("slow_forward", "torch_forward")
 """The methods of a layer that can do without its kernels."""
 
 
-def tuner(timeline: Timeline) -> Tune:
+def tuner(run: "Run") -> Tune:
     """The first launch of a Triton kernel for these sizes: its variants are timed, and a buffer is held meanwhile."""
 
     def tune(*kernel: object) -> None:
+        timeline = run.timeline
         if kernel not in timeline.tuned:
             timeline.tuned.add(kernel)
             timeline.moment(TUNING, TUNING_BYTES)
@@ -72,6 +73,8 @@ def state_update(state: Any, x: Any, *_: Any, **__: Any) -> Any:
 def delta_rule(tune: Tune) -> Callable[..., Any]:
     """`chunk_gated_delta_rule` without gradients: q and k normalized, the gate's sums, scores of 64 tokens and their
     inverse, w and u, the state of every chunk, corrected values, output, last state.
+
+    Triton times the variants of each of its kernels at the first launch, the last one beside all of these.
     """
 
     def rule(
@@ -80,13 +83,18 @@ def delta_rule(tune: Tune) -> Callable[..., Any]:
         (b, s, _, d_k), (h, d_v) = key.shape, value.shape[2:]
         normed = [contiguous(t) for t in (query, key)]
         sums, scores = empty(b, s, h), empty(b, s, h, 64)
-        tune("delta rule", h, d_k, d_v)
+        tune("delta rule, scores", h, d_k)
         inverse = empty(b, s, h, 64, dtype=key.dtype)
+        tune("delta rule, inverse", h)
         del scores
         w, u = empty(b, s, h, d_k, dtype=key.dtype), contiguous(value)
+        tune("delta rule, w and u", h, d_k, d_v)
         states = empty(b, -(-s // 64), h, d_k, d_v, dtype=key.dtype)
         last = empty(b, h, d_k, d_v)
-        corrected, out = contiguous(u), contiguous(u)
+        corrected = contiguous(u)
+        tune("delta rule, states", h, d_k, d_v)
+        out = contiguous(u)
+        tune("delta rule, output", h, d_k, d_v)
         del normed, sums, inverse, w, states, corrected
         return out, (last if output_final_state else None)
 
@@ -104,7 +112,7 @@ def kernels(run: "Run", gradients: bool) -> dict[str, Callable[..., Any]]:
 
     The delta rule's kernels are known without gradients only: training keeps to transformers' own.
     """
-    tune = tuner(run.timeline)
+    tune = tuner(run)
     chunked, split = chunk_scan(tune), split_scan(tune, run)
     delta = {"chunk_gated_delta_rule": delta_rule(tune), "fused_recurrent_gated_delta_rule": delta_step}
     delta |= {f"torch_{name}": rule for name, rule in delta.items()}
