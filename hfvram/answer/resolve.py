@@ -26,6 +26,13 @@ PIPELINE = (
 )
 EXPERTS = "each rank of --ep has a batch of its own; routing is taken to be balanced: as many tokens come as are sent"
 OFFLOADED = "what is offloaded comes for its own moment alone: nothing is fetched ahead or kept for the next token"
+SEQUENCE_KEPT = (
+    "--sp as PyTorch's DTensor runs it: what attention and MLP gather stays for the backward pass, "
+    "where Megatron-LM gathers again"
+)
+SEQUENCE_AGAIN = (
+    "--sp as Megatron-LM runs it: a part of the sequence stays for the backward pass, and is gathered again"
+)
 DEFAULT_NEW_TOKENS = 8
 
 
@@ -148,10 +155,8 @@ def _several(architecture: Architecture, request: Request, gpus: int) -> list[st
     if request.ep > 1:
         said.append(EXPERTS)
     if request.sp and request.mode != "inference":
-        said.append(
-            "--sp as PyTorch's DTensor runs it: what attention and MLP gather stays for the backward pass, "
-            "where Megatron-LM gathers again"
-        )
+        megatron = architecture.model_type in NO_PLAN and request.method != "simulate"
+        said.append(SEQUENCE_AGAIN if megatron else SEQUENCE_KEPT)
     if request.fsdp and (request.mode == "qlora" or request.quant in ("nf4", "fp4")):
         said.append("4-bit weights packed into the computing dtype, so that FSDP shards them: not measured")
     return said

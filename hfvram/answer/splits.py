@@ -23,6 +23,8 @@ def check_splits(request: Request) -> None:
     if request.method == "simulate" and (zero or offload):
         what = f"--zero {zero}" if zero else f"--offload {','.join(request.offload)}"
         raise _usage(f"{what} has no exact engine: valid is --method formula")
+    if request.sp and request.tp == 1:
+        raise _usage("--sp splits the sequence over the ranks of --tp: valid is --tp 2 and more")
     if request.pp > 1:
         _check_pipeline(request)
     elif request.ep > 1:
@@ -54,7 +56,6 @@ def _check_pipeline(request: Request) -> None:
     """Raises `usage` for what no pipeline was worked out with."""
     pp = f"--pp {request.pp}"
     others = [f"--{name} {getattr(request, name)}" for name in ("ep", "cp") if getattr(request, name) > 1]
-    others += ["--sp"] * request.sp
     others += ["--padding"] * request.padding
     others += [f"--offload {','.join(request.offload)}"] * bool(request.offload)
     if request.method == "simulate":

@@ -21,7 +21,7 @@ SUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
     "offload": ((), ("experts",), ("layers",)),
 }
 BY_SIMULATE: Final = ("sp",)
-"""Options of which the exact engine answers every value."""
+"""Options of which the exact engine answers every value, also for inference."""
 SIMULATED_CACHES: Final = ("offloaded", "quantized")
 """Caches that only the exact engine answers: transformers' own code moves and packs them."""
 SIMULATED_QUANTS: Final = ("fp8",)
@@ -58,7 +58,7 @@ def check(request: Request) -> None:
     check_splits(request)
     for name, values in SUPPORTED.items():
         value = getattr(request, name)
-        if name in ("pp", "ep", "offload") and request.mode != "inference":
+        if name in ("pp", "ep", "sp", "offload") and request.mode != "inference":
             continue  # `splits` says what goes together
         if name == "offload" and value and request.method == "simulate":
             values = ((),)
@@ -70,7 +70,7 @@ def check(request: Request) -> None:
             )
             option = "--" + name.replace("_", "-")
             shown = ",".join(value) if isinstance(value, tuple) else value
-            more = ", and the others with --method simulate" if name in BY_SIMULATE else ""
+            more = ", and --phase prefill and encode with --method simulate" if name in BY_SIMULATE else ""
             if name == "cache":
                 more = f", and {' and '.join(SIMULATED_CACHES)} with --method simulate"
             raise HfvramError(

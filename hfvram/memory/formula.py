@@ -11,7 +11,7 @@ from hfvram.memory.generation import generation
 from hfvram.memory.mesh import mesh_of
 from hfvram.memory.offload import divide
 from hfvram.memory.placement import DeviceMap
-from hfvram.memory.tensor_parallel import check_modes, part_of
+from hfvram.memory.tensor_parallel import check_modes, check_sequence, part_of
 from hfvram.memory.timeline import Timeline
 from hfvram.memory.weights import standing
 from hfvram.model.architecture import Architecture
@@ -32,6 +32,8 @@ def shares(architecture: Architecture, request: Request) -> tuple[Share, ...]:
     mesh = mesh_of(request)
     if mesh.tp > 1:
         check_modes(architecture, request)
+    if request.sp:
+        check_sequence(request)
     if mesh.pp > 1:
         return tuple(_stages(architecture, request, mesh.gpus // mesh.pp))
     part = part_of(expert_parallel.part_of(architecture, mesh.ep), mesh.tp)

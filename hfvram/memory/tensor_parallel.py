@@ -99,6 +99,26 @@ def check_modes(architecture: Architecture, request: Request) -> None:
         raise HfvramError("usage", "--tp with more --gpus trains with --fsdp: DistributedDataParallel can't hold it")
 
 
+def check_sequence(request: Request) -> None:
+    """Raises `usage` for a sequence that the ranks can't have equal parts of (`--sp`)."""
+    if request.tp == 1:
+        raise HfvramError("usage", "--sp splits the sequence over the ranks of --tp: valid is --tp 2 and more")
+    if (ctx := request.ctx or 0) % request.tp:
+        raise HfvramError(
+            "usage", f"--sp: --ctx {ctx} is not divisible by --tp {request.tp}: valid are {multiples(ctx, request.tp)}"
+        )
+
+
+def multiples(n: int, of: int) -> str:
+    """Those around a number, in words.
+
+    >>> multiples(2047, 2), multiples(3, 4)
+    ('2046 and 2048', '4')
+    """
+    below = n - n % of
+    return f"{below} and {below + of}" if below else str(of)
+
+
 def divisors(n: int) -> str:
     """All of them, in words.
 

@@ -28,6 +28,7 @@ from transformers.distributed.tensor_parallel import (
 )
 
 from hfvram.errors import HfvramError
+from hfvram.memory.tensor_parallel import check_sequence
 from hfvram.request import Request
 
 SEQUENCE = Shard(1)
@@ -102,16 +103,11 @@ def check_lengths(request: Request) -> None:
     """Raises `usage` where the sequence can't be split into equal parts, and for what has none to split."""
     if request.fsdp and request.mode in ("lora", "qlora"):
         raise HfvramError("usage", "--sp with adapters trains without --fsdp, which can't reduce their gradients so")
-    if request.tp == 1:
-        raise HfvramError("usage", "--sp splits the sequence over the ranks of --tp: valid is --tp 2 and more")
     if request.mode == "inference" and request.phase == "generate":
         raise HfvramError(
             "usage", "--sp is for whole sequences, generated tokens come one by one: valid are --phase prefill, encode"
         )
-    if (ctx := request.ctx or 0) % request.tp:
-        below = ctx - ctx % request.tp
-        near = f"{below} and {below + request.tp}" if below else str(request.tp)
-        raise HfvramError("usage", f"--sp: --ctx {ctx} is not divisible by --tp {request.tp}: valid are {near}")
+    check_sequence(request)
 
 
 def split_sequence(model: Any, mesh: DeviceMesh) -> dict[str, str]:

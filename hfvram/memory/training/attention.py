@@ -9,6 +9,7 @@ from hfvram.memory.training.blocks import DROPPED, LLAMA, ROTARY, normalize, unk
 from hfvram.memory.training.rotary import ROTATE, far, rotate
 from hfvram.memory.training.scaled_dot_product import attention as scaled_dot_product
 from hfvram.memory.training.scaled_dot_product import flash
+from hfvram.memory.training.sequence_parallel import enter, leave, length
 from hfvram.memory.training.states import Weights
 from hfvram.memory.training.surroundings import Surroundings
 from hfvram.memory.training.tape import Tape
@@ -41,7 +42,8 @@ def attention(t: Tape, part: Attention, w: Weights, x: Tensor, around: Surroundi
     if part.clips and kind.projects != "first":
         raise unknown(f"clipped projections of {around.class_name}")
     _check_rotary(part, around)
-    b, s, _ = x.shape
+    x = enter(t, x, w.params())
+    b, s = x.shape[0], length(t, x)
     d, dv = part.head_dim, part.value_dim
     if part.fused_qkv:
         fused = w.linear(t, x, QUERY)
@@ -111,7 +113,7 @@ def attention(t: Tape, part: Attention, w: Weights, x: Tensor, around: Surroundi
         k, v = _cached(t, k, k.dtype), _cached(t, v, k.dtype)
     out, weights = attend(t, part, q, k, v, around)
     out = op.dense(t, op.reshape(t, out, b, s, -1, tag=OUT), OUT)
-    out = w.linear(t, out, PROJECTED)
+    out = leave(t, w.linear(t, out, PROJECTED))
     return op.dropout(t, out, around.dropout.residual if kind.drops_inside else 0, DROPPED), weights
 
 

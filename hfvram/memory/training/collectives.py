@@ -12,6 +12,7 @@ from typing import Final
 from hfvram.memory.timeline import Tag
 from hfvram.memory.training import operators as op
 from hfvram.memory.training.operators import Found, Grads, attach, first
+from hfvram.memory.training.sequence_parallel import again_gathered, part_of_sequence, scattered
 from hfvram.memory.training.tape import Saved, Tape
 from hfvram.memory.training.tensors import Shape, Tensor
 from hfvram.model.layers import Split
@@ -32,20 +33,27 @@ def product(
     if split is None:
         return run(t, x, weight, bias, tag)
     if split.how in ("columns", "columns, gathered"):
-        out = run(t, copied(t, x), weight, bias, tag)
+        if t.scatters and t.regathers:
+            return again_gathered(t, x, weight, bias, tag, turned=run is op.conv1d)
+        out = run(t, x if t.scatters else copied(t, x), weight, bias, tag)
         return gathered(t, out, split.ranks) if split.how == "columns, gathered" else out
     if split.how == "rows of parts":
         x = own_part(t, x, split.ranks)
-    return reduced(t, run(t, x, weight, bias, tag, True))
+    out = run(t, x, weight, bias, tag, True)
+    return scattered(t, out) if t.scatters else reduced(t, out)
 
 
-def embedding(t: Tape, ids: Tensor, table: Tensor, split: Split | None, vocabulary: int, tag: Tag) -> Tensor:
+def embedding(
+    t: Tape, ids: Tensor, table: Tensor, split: Split | None, vocabulary: int, tag: Tag, entire: bool
+) -> Tensor:
     """Vectors of the tokens that this rank has, zeros for the others, summed over ranks.
 
-    A tied table (`vocabulary` tokens, of which this rank has a part) gets a gradient of all tokens, then its part.
+    A tied table (`vocabulary` tokens, of which this rank has a part) gets a gradient of all tokens, then its part. With
+    sequence parallelism each goes on with a part of the sequence, unless it is needed `entire`: positions come first.
     """
     if split is None:
-        return op.embedding(t, ids, table, tag)
+        out = op.embedding(t, ids, table, tag)
+        return out if entire else part_of_sequence(t, out)
     mask = _elsewhere(t, ids)
     copy = t.new(ids.shape, "int64", None, MASKED)
     places = t.new(ids.shape, "int64", None, MASKED)
@@ -57,7 +65,7 @@ def embedding(t: Tape, ids: Tensor, table: Tensor, split: Split | None, vocabula
     del places
     t.moment(2)
     del mask
-    return reduced(t, out)
+    return reduced(t, out) if entire or t.sp == 1 else scattered(t, out)
 
 
 def _elsewhere(t: Tape, ids: Tensor) -> Tensor:

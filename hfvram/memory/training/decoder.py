@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Final
 
 from hfvram.memory.timeline import Tag
-from hfvram.memory.training import bert, gpt, opt, selection, t5
+from hfvram.memory.training import bert, gpt, opt, selection, sequence_parallel, t5
 from hfvram.memory.training import operators as op
 from hfvram.memory.training.attention import attention
 from hfvram.memory.training.blocks import DROPPED, HIDDEN, normalize, unknown
@@ -19,6 +19,7 @@ from hfvram.memory.training.kinds import kind_of
 from hfvram.memory.training.latent import latent_attention
 from hfvram.memory.training.mixture import mixture, routed_then_shared
 from hfvram.memory.training.routing import BALANCE, balance
+from hfvram.memory.training.sequence_parallel import enter, part_of_sequence
 from hfvram.memory.training.state_space import mix, state_space
 from hfvram.memory.training.states import Blocks, States, Weights, project
 from hfvram.memory.training.surroundings import POSITIONS, Surroundings, angles, counted, masks, positions, surround
@@ -38,6 +39,9 @@ from hfvram.model.layers import (
 )
 from hfvram.request import Request
 
+POSITIONED: Final = ("positions", "late positions", "counted ones")
+"""Embeddings to which learned positions are added before the sequence is split: Megatron-LM's language_model_embedding.
+"""
 LOSS = "transformers 5.17: loss_utils.py ForCausalLMLoss"
 EMBEDDED = Tag("embeddings", "activations", "b·s·h·e", "transformers 5.17: LlamaModel.forward")
 LOGITS = Tag("logits", "activations", "b·s·V·e", "transformers 5.17: LlamaForCausalLM.forward")
@@ -85,7 +89,8 @@ def forward(
 
 
 def head(t: Tape, architecture: Architecture, states: States, hidden: Tensor, bias: Tensor | None) -> Tensor:
-    """The head's own weight, or that of the embedding that it is tied to."""
+    """The head's own weight, or that of the embedding that it is tied to, over the whole sequence."""
+    hidden = enter(t, hidden, ())
     if states.head:
         return project(t, hidden, states.head[0], bias, LOGITS)
     table = states.before[0]
@@ -108,6 +113,7 @@ def decode(
     """Hidden states of every token, normed, and routers' logits. The embeddings are held to the end; a later stage of
     a pipeline has `received` hidden states instead."""
     kind = kind_of(architecture)
+    sequence_parallel.around(t)
     if received is None:
         embedded = embed(t, architecture, states, ids, request)
     else:
@@ -127,11 +133,11 @@ def decode(
         del shifted
         if len(states.before) > 2:
             embedded = hidden = op.linear(t, embedded, states.before[3].tensor, None, EMBEDDED)
-        hidden = op.add(t, embedded, learned, EMBEDDED)
+        hidden = part_of_sequence(t, op.add(t, embedded, learned, EMBEDDED))
     if kind.embedding in ("positions", "late positions"):
         places = around.positions or positions(t, around, ids)
         learned = op.embedding(t, places.as_((1, ids.shape[1]), (ids.shape[1], 1)), states.before[1].tensor, EMBEDDED)
-        hidden = op.add(t, embedded, learned, EMBEDDED)
+        hidden = part_of_sequence(t, op.add(t, embedded, learned, EMBEDDED))
     if kind.scaled == "after masks":
         masks(t, [layer for layer, _ in layers], around, ids, embedded.dtype)
         embedded = hidden = op.scale(t, embedded, EMBEDDED)
@@ -181,7 +187,8 @@ def through(
 def embed(t: Tape, architecture: Architecture, states: States, ids: Tensor, request: Request) -> Tensor:
     """The tokens' embeddings; `enable_input_require_grads` where adapters are trained under checkpointing."""
     table, kind = states.before[0], kind_of(architecture)
-    embedded = embedding(t, ids, table.tensor, table.param.split, architecture.vocab_size, EMBEDDED)
+    whole = kind.embedding in POSITIONED
+    embedded = embedding(t, ids, table.tensor, table.param.split, architecture.vocab_size, EMBEDDED, whole)
     if kind.scales_itself:
         if embedded.dtype == request.dtype:
             embedded = op.scale(t, embedded, EMBEDDED)
@@ -222,6 +229,7 @@ def _offloaded(t: Tape, layer: Layer, blocks: Blocks, place: list[Tensor], aroun
 
 def _whole(t: Tape, layer: Layer, blocks: Blocks, hidden: Tensor, around: Surroundings) -> Tensor:
     """One layer, and what data parallel training does around it."""
+    sequence_parallel.around(t)
     if t.units is None:
         return LAYERS[around.kind.layer](t, layer, blocks, hidden, around)
     hidden = t.units.enter(blocks, hidden)

@@ -6,6 +6,7 @@ Source: transformers 5.17, models/llama/modeling_llama.py `LlamaMLP.forward`, mo
 from hfvram.memory.timeline import Tag
 from hfvram.memory.training import operators as op
 from hfvram.memory.training.blocks import activate
+from hfvram.memory.training.sequence_parallel import enter, leave
 from hfvram.memory.training.states import Weights
 from hfvram.memory.training.tape import Tape
 from hfvram.memory.training.tensors import Tensor
@@ -19,6 +20,10 @@ DOWN = Tag("feed-forward, output", "activations", "b·s·h·e", MLP)
 
 def feed_forward(t: Tape, part: FeedForward, w: Weights, x: Tensor) -> Tensor:
     """down(act(gate(x)) · up(x)), or down(act(up(x)))."""
+    return leave(t, _products(t, part, w, enter(t, x, w.params())))
+
+
+def _products(t: Tape, part: FeedForward, w: Weights, x: Tensor) -> Tensor:
     if part.gated and part.fused_gate_up:
         return fused_gated(t, part.activation, w, x)
     if part.gated:

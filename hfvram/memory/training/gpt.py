@@ -9,6 +9,7 @@ from hfvram.memory.training.attention import KEY_VALUE, OUT, PROJECTED, QUERY, S
 from hfvram.memory.training.blocks import ACTIVATION, DROPPED, HIDDEN, activate, normalize, unknown
 from hfvram.memory.training.feed_forward import DOWN, WIDE
 from hfvram.memory.training.rotary import rotate_part
+from hfvram.memory.training.sequence_parallel import enter, leave, length
 from hfvram.memory.training.states import Blocks, Weights
 from hfvram.memory.training.surroundings import Surroundings
 from hfvram.memory.training.tape import Tape
@@ -41,15 +42,16 @@ def held_output(t: Tape, layer: Layer, blocks: Blocks, hidden: Tensor, around: S
 
 
 def _mlp(t: Tape, feed: FeedForward, w: Weights, hidden: Tensor, around: Surroundings) -> Tensor:
-    hidden = w.linear(t, hidden, WIDE)
+    hidden = w.linear(t, enter(t, hidden, w.params()), WIDE)
     hidden = activate(t, hidden, feed.activation)
-    hidden = w.linear(t, hidden, DOWN)
+    hidden = leave(t, w.linear(t, hidden, DOWN))
     return op.dropout(t, hidden, around.dropout.residual, DROPPED)
 
 
 def _split_attention(t: Tape, part: Attention, w: Weights, x: Tensor, around: Surroundings) -> Attended:
     """One projection, split in three; with one KV head, keys and values stay as they are."""
-    b, s, _ = x.shape
+    x = enter(t, x, w.params())
+    b, s = x.shape[0], length(t, x)
     d = part.head_dim
     width, kv_width = part.heads * d, part.kv_heads * d
     fused = w.linear(t, x, QUERY)
@@ -67,7 +69,7 @@ def _split_attention(t: Tape, part: Attention, w: Weights, x: Tensor, around: Su
     del fused
     out, weights = attend(t, part, q, k, v, around)
     out = op.dense(t, op.reshape(t, out, b, s, -1, tag=OUT), OUT)
-    out = w.linear(t, out, PROJECTED)
+    out = leave(t, w.linear(t, out, PROJECTED))
     return op.dropout(t, out, around.dropout.residual, DROPPED), weights
 
 
@@ -95,21 +97,22 @@ def two_branches(t: Tape, layer: Layer, blocks: Blocks, hidden: Tensor, around: 
 
 
 def _plain_mlp(t: Tape, feed: FeedForward, w: Weights, hidden: Tensor) -> Tensor:
-    hidden = w.linear(t, hidden, WIDE)
+    hidden = w.linear(t, enter(t, hidden, w.params()), WIDE)
     hidden = activate(t, hidden, feed.activation)
-    return w.linear(t, hidden, DOWN)
+    return leave(t, w.linear(t, hidden, DOWN))
 
 
 def _rotated_attention(t: Tape, part: Attention, w: Weights, x: Tensor, around: Surroundings) -> Attended:
     """Queries, keys and values of a head lie side by side; a share of each head is rotated."""
-    b, s, _ = x.shape
+    x = enter(t, x, w.params())
+    b, s = x.shape[0], length(t, x)
     d = part.head_dim
     fused = op.transpose(t, op.reshape(t, w.linear(t, x, QUERY), b, s, -1, 3 * d), 1, 2)
     q, k, v = op.split(t, fused, 3, d, d, d)
     q, k = rotate_part(t, q, k, *around.angles(part))
     out, weights = attend(t, part, q, k, v, around)
     out = op.dense(t, op.reshape(t, out, b, s, -1, tag=OUT), OUT)
-    return w.linear(t, out, PROJECTED), weights
+    return leave(t, w.linear(t, out, PROJECTED)), weights
 
 
 def with_alibi(t: Tape, layer: Layer, blocks: Blocks, hidden: Tensor, around: Surroundings) -> Tensor:
@@ -125,15 +128,16 @@ def with_alibi(t: Tape, layer: Layer, blocks: Blocks, hidden: Tensor, around: Su
 
 
 def _alibi_mlp(t: Tape, w: Weights, hidden: Tensor, residual: Tensor, around: Surroundings) -> Tensor:
-    hidden = op.tanh_gelu(t, w.linear(t, hidden, WIDE), ACTIVATION)
-    fed = w.linear(t, hidden, DOWN)
+    hidden = op.tanh_gelu(t, w.linear(t, enter(t, hidden, w.params()), WIDE), ACTIVATION)
+    fed = leave(t, w.linear(t, hidden, DOWN))
     return op.add(t, residual, op.dropout(t, fed, around.dropout.residual, DROPPED), HIDDEN)
 
 
 def _alibi_attention(
     t: Tape, part: Attention, w: Weights, x: Tensor, residual: Tensor, around: Surroundings
 ) -> tuple[Tensor, Tensor]:
-    b, s, _ = x.shape
+    x = enter(t, x, w.params())
+    b, s = x.shape[0], length(t, x)
     a, d = part.heads, part.head_dim
     fused = op.reshape(t, w.linear(t, x, QUERY), b, s, a, 3, d)
     q = op.transpose(t, op.select(t, fused, 3), 1, 2)
@@ -152,6 +156,6 @@ def _alibi_attention(
     context = op.batched_product(t, op.reshape(t, probabilities, b * a, s, -1), v, OUT)
     context = op.permute(t, op.reshape(t, context, b, a, s, d), 0, 2, 1, 3)
     context = op.reshape(t, context, b, s, a * d, tag=OUT)
-    out = w.linear(t, context, PROJECTED)
+    out = leave(t, w.linear(t, context, PROJECTED))
     out = op.add(t, residual, op.dropout(t, out, around.dropout.residual, DROPPED), HIDDEN)
     return out, probabilities

@@ -8,6 +8,7 @@ from hfvram.memory.training.attention import KEY_VALUE, OUT, PROJECTED, QUERY, A
 from hfvram.memory.training.blocks import DROPPED, HIDDEN, activate, normalize
 from hfvram.memory.training.feed_forward import DOWN, WIDE
 from hfvram.memory.training.gpt import parts
+from hfvram.memory.training.sequence_parallel import enter, leave, length
 from hfvram.memory.training.states import Blocks, Weights
 from hfvram.memory.training.surroundings import Surroundings
 from hfvram.memory.training.tape import Tape
@@ -29,21 +30,23 @@ def flattened(t: Tape, layer: Layer, blocks: Blocks, hidden: Tensor, around: Sur
     if not first:
         hidden = normalize(t, hidden, own.norm(size), "layer")
     shape = hidden.shape
-    hidden = op.reshape(t, hidden, -1, shape[-1])
+    flat = t.sp == 1  # Megatron-LM doesn't flatten
+    hidden = op.reshape(t, hidden, -1, shape[-1]) if flat else hidden
     residual = hidden
     if first:
         hidden = normalize(t, hidden, own.norm(size), "layer")
     w = Weights(blocks.feed_forward)
-    hidden = w.linear(t, hidden, WIDE)
+    hidden = w.linear(t, enter(t, hidden, w.params()), WIDE)
     hidden = activate(t, hidden, feed.activation)
-    hidden = w.linear(t, hidden, DOWN)
+    hidden = leave(t, w.linear(t, hidden, DOWN))
     hidden = op.dropout(t, hidden, p, DROPPED)
     hidden = op.reshape(t, op.add(t, residual, hidden, HIDDEN), *shape)
     return hidden if first else normalize(t, hidden, own.norm(size), "layer")
 
 
 def _attention(t: Tape, part: Attention, w: Weights, x: Tensor, around: Surroundings) -> Attended:
-    b, s, _ = x.shape
+    x = enter(t, x, w.params())
+    b, s = x.shape[0], length(t, x)
     d = part.head_dim
     q = op.scale(t, w.linear(t, x, QUERY), QUERY)
     q = op.transpose(t, op.reshape(t, q, b, -1, part.heads, d), 1, 2)
@@ -53,4 +56,4 @@ def _attention(t: Tape, part: Attention, w: Weights, x: Tensor, around: Surround
     v = op.transpose(t, op.reshape(t, v, b, -1, part.heads, d), 1, 2)
     out, weights = attend(t, part, q, k, v, around)
     out = op.dense(t, op.reshape(t, out, b, s, -1, tag=OUT), OUT)
-    return w.linear(t, out, PROJECTED), weights
+    return leave(t, w.linear(t, out, PROJECTED)), weights

@@ -106,6 +106,10 @@ class Weights:
         self.norms = [leaf.tensor for leaf in reversed(leaves) if leaf.param.kind == "norm"]
         self.rest = [leaf for leaf in reversed(leaves) if leaf.param.kind != "norm"]
 
+    def params(self) -> list[Param]:
+        """What is left that is no norm's."""
+        return [leaf.param for leaf in self.rest]
+
     def norm(self, tensors: int = 1) -> tuple[Tensor, ...]:
         """The next norm's weight, or its weight and its bias."""
         return tuple([self.norms.pop() for _ in range(tensors)])

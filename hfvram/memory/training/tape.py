@@ -46,13 +46,25 @@ class Node:
     """One operator's backward. `edges` are (node, which of its outputs, shape, dtype) for each input, None where no
     gradient is wanted; `saved` are tensors or, with a `frame`, their places in what a checkpoint computes again."""
 
-    __slots__ = ("__weakref__", "before", "edges", "frame", "gradient", "outputs", "saved", "segment", "sequence")
+    __slots__ = (
+        "__weakref__",
+        "before",
+        "distributed",
+        "edges",
+        "frame",
+        "gradient",
+        "outputs",
+        "saved",
+        "segment",
+        "sequence",
+    )
 
     def __init__(self, gradient: Gradient | None, edges: tuple[Any, ...], sequence: int, segment: int | None) -> None:
         self.gradient = gradient
         self.edges = edges
         self.sequence = sequence
         self.segment = segment
+        self.distributed = False
         self.outputs = 1
         self.saved: tuple[Any, ...] = ()
         self.frame: Frame | None = None
@@ -134,6 +146,14 @@ class Tape:
         """Inputs of layers that are moved to CPU memory: the layer's number, bytes."""
         self.units: Units | None = None
         """What is told of layers and gradients, where several GPUs train."""
+        self.sp = 1
+        """Parts that a sequence is in around the blocks that tensor parallel ranks share."""
+        self.scatters = self.regathers = False
+        """Whether products of rows give a part of the sequence, and those of columns are given one."""
+        self.distributed = False
+        """Whether what runs makes tensors of a subclass (DTensor), whose gradients are never added in place."""
+        self.gathered_bytes = 0
+        """Of the buffer into which they gather it."""
 
     # -- allocating --------------------------------------------------------------------------------------------------
 
@@ -185,6 +205,7 @@ class Tape:
             return None
         self.sequence += 1
         node = Node(gradient, edges, self.sequence, self.segment)
+        node.distributed = self.distributed
         self._save(node, saved)
         return node
 
@@ -325,7 +346,7 @@ class Tape:
                     found[i] = grad  # what is added to another gradient stays to the end of this node
                     # One reference each: this name and the call's argument; and the tensor's.
                     alone = sys.getrefcount(old) == 2 and sys.getrefcount(old.storage) == 2
-                    if alone and is_dense(old.shape, old.strides):
+                    if alone and not after.distributed and is_dense(old.shape, old.strides):
                         slots[index] = old
                     else:
                         slots[index] = self.elementwise(old, grad)

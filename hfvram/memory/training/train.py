@@ -14,6 +14,7 @@ from hfvram.memory.generation import generation
 from hfvram.memory.inference import symbols
 from hfvram.memory.mesh import mesh_of
 from hfvram.memory.pipeline_parallel import Stage, schedule, stage_of
+from hfvram.memory.tensor_parallel import NO_PLAN
 from hfvram.memory.timeline import Standing, Tag, Timeline
 from hfvram.memory.training import decoder, encoder, seq2seq
 from hfvram.memory.training import operators as op
@@ -73,6 +74,7 @@ def timeline(
     parted = request.fsdp or request.zero == 3
     casts = training.stands(t, architecture) if training.adapted and not parted else []
     tape = Tape(t, generation(request.compute_capability), on_meta)
+    tape.sp, tape.regathers = request.tp if request.sp else 1, architecture.model_type in NO_PLAN
     shape = request.batch, request.ctx or 1
     if stage.first or stage.last:
         ids = tape.new(shape, "int64", None, IDS)
@@ -302,7 +304,8 @@ def _receive(tape: Tape, architecture: Architecture, ids: Tensor, request: Reque
     if stage.first:
         return []
     wide = any(layer.residual_fp32 for layer in architecture.text.layers)
-    hidden = tape.new((*ids.shape, architecture.hidden_size), "fp32" if wide else request.dtype, None, RECEIVED)
+    b, s = ids.shape
+    hidden = tape.new((b, s // tape.sp, architecture.hidden_size), "fp32" if wide else request.dtype, None, RECEIVED)
     hidden.node = Input(hidden)
     return [hidden]
 
