@@ -20,16 +20,23 @@ def infer(
     """The architecture of a configuration, with the quantization that it says it has.
 
     `class_name` is what to build instead of the first of `architectures`; `generation` the generation configuration,
-    which decides about the cache where there is one. Raises `bad_config`, and `unknown_architecture` that names the
-    model type or the kind of layer that isn't known.
+    which decides about the cache where there is one. A type that isn't known may name a class that is, as copies of
+    transformers' code in a repo do: it is read as that class, with a warning. Raises `bad_config`, and
+    `unknown_architecture` that names the model type or the kind of layer that isn't known.
     """
     if not isinstance(values, Mapping):
         raise HfvramError("bad_config", "config.json is not an object")
     config = Config(values)
     model_type = config.model_type or _type_by_class(config)
+    taken: tuple[str, ...] = ()
     if (read := reader(model_type)) is None:
-        raise _unknown(config, model_type)
-    if not config.model_type:
+        named = config.strings("architectures") or [""]
+        like = type_of_class(named[0])
+        if like is None or (read := reader(like)) is None:
+            raise _unknown(config, model_type)
+        what = f"model type {printable(model_type, 60)!r} is not known: read as {like}, by the name of its class"
+        taken, model_type = (f"{what} {printable(named[0], 60)}",), like
+    if config.model_type != model_type:
         config = Config({**values, "model_type": model_type})
     architecture = read(config, class_name)
     if not architecture.text.layers:
@@ -40,7 +47,7 @@ def infer(
         quantization=quantization,
         unquantized=unquantized,
         generates_cache=architecture.generates_cache and _caches(known(config), generation),
-        warnings=architecture.warnings + _taken_for_granted(config),
+        warnings=taken + architecture.warnings + _taken_for_granted(config),
     )
 
 
