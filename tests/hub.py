@@ -4,6 +4,7 @@ Large files are redirected to another host name (`localhost` for `127.0.0.1`), a
 token that travels too far is seen in the log.
 """
 
+import base64
 import hashlib
 import json
 import math
@@ -41,6 +42,7 @@ class Repo:
     private: bool = False
     counted: bool = True  # whether the Hub gives its own count of parameters
     moved_to: str | None = None
+    pulls: list[dict[str, Any]] = field(default_factory=list)  # pull requests, as they were sent
 
     def at(self, revision: str) -> dict[str, "bytes | Sparse"] | None:
         every = {"main": self.files, **self.revisions}
@@ -160,6 +162,63 @@ class _Handler(BaseHTTPRequestHandler):
         except OSError:
             self.close_connection = True
 
+    def do_POST(self) -> None:
+        """What a commit through huggingface_hub asks for. A fault that is a status is a refusal, with its message."""
+        hub, url = self.hub, urlsplit(self.path)
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.truncate = self.drip = False
+        auth = self.headers.get("Authorization")
+        self.token = auth.removeprefix("Bearer ") if auth else None
+        self.asked = Asked(self.path, self.headers.get("Host", ""), self.token, None, "")
+        hub.log.append(self.asked)
+        fault = hub.faults.popleft() if hub.only in self.path and hub.faults else None
+        if fault:
+            return self.answer(int(fault), json.dumps({"error": "pull requests are disabled here"}).encode())
+        if url.path == "/api/validate-yaml":
+            front = json.loads(body)["content"]
+            errors = [{"message": '"license" must be a string'}] if "license: 7" in front else []
+            return self.answer(400 if errors else 200, json.dumps({"errors": errors, "warnings": []}).encode())
+        words = [unquote(w) for w in url.path.strip("/").split("/")]
+        k = next(i for i, word in enumerate(words) if word in ("preupload", "commit"))
+        if (found := self.find("/".join(words[2:k]), words[k + 1])) is None:
+            return None
+        repo, files = found
+        if self.token is None:
+            return self.error(401, "", "Invalid username or password.")
+        if words[k] == "preupload":
+            named = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
+            ]
+            return self.json({"files": named})
+        lines = {line["key"]: line["value"] for line in map(json.loads, body.splitlines())}
+        if lines["header"].get("parentCommit") != commit_of(files):
+            return self.error(412, "", "A commit has happened since. Please refresh and try again.")
+        assert parse_qs(url.query) == {"create_pr": ["1"]}
+        assert lines["file"]["encoding"] == "base64"
+        data = base64.b64decode(lines["file"]["content"])
+        repo.pulls.append({**lines["header"], "path": lines["file"]["path"], "data": data})
+        number = len(repo.pulls)
+        repo.revisions[f"refs/pr/{number}"] = {**files, lines["file"]["path"]: data}
+        name, commit = "/".join(words[2:k]), commit_of(repo.revisions[f"refs/pr/{number}"])
+        pull = f"{hub.url}/{name}/discussions/{number}"
+        return self.json(
+            {"commitUrl": f"{hub.url}/{name}/commit/{commit}", "commitOid": commit, "pullRequestUrl": pull}
+        )
+
+    def discussions(self, name: str) -> None:
+        listed = [
+            {
+                "title": pull["summary"],
+                "num": n,
+                "status": "open",
+                "createdAt": "2026-01-01T00:00:00.000Z",
+                "repo": {"name": name, "type": "model"},
+                "isPullRequest": True,
+            }
+            for n, pull in enumerate(self.hub.repos[name].pulls, 1)
+        ]
+        self.json({"discussions": listed, "count": len(listed), "start": 0})
+
     def route(self) -> None:
         url = urlsplit(self.path)
         words = [unquote(w) for w in url.path.strip("/").split("/")]
@@ -168,6 +227,8 @@ class _Handler(BaseHTTPRequestHandler):
             text, author = query["search"][0].lower(), query.get("author", [""])[0]
             ids = [i for i in self.hub.repos if text in i.lower() and (not author or i.split("/")[0] == author)]
             return self.json([{"id": i} for i in ids])
+        if words[:2] == ["api", "models"] and words[-1] == "discussions":
+            return self.discussions("/".join(words[2:-1]))
         if words[:2] == ["api", "models"] and "revision" in words:
             k = words.index("revision")
             return self.info("/".join(words[2:k]), words[k + 1], parse_qs(url.query)["expand"], url.query)

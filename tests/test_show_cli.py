@@ -123,7 +123,7 @@ def test_other_forms(llama: str, form: str, capsys: pytest.CaptureFixture[str]) 
         ["m", "--gpu", "H100,RTX 9090"],
         ["m", "--markdown", "--csv"],
         ["m", "batch", "f"],
-        ["card", "m"],
+        ["sweep", "m"],
         ["gpus", "no such thing"],
         ["batch"],
         ["batch", "f", "--jobs", "0"],

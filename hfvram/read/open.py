@@ -48,7 +48,7 @@ def read_checkpoint(
     An adapter comes with its base model, a pipeline with its components. Where the Hub can't or may not be asked,
     what is in the cache answers, then the catalogue, with a warning. Raises `HfvramError` of every kind of reading.
     """
-    return _read(parse_name(name, revision, local=local), _hub(token, offline), file, ())
+    return _read(parse_name(name, revision, local=local), hub_of(token, offline), file, ())
 
 
 def read_all_headers(checkpoint: Checkpoint, *, token: str | None = None, offline: bool = False) -> Checkpoint:
@@ -58,14 +58,15 @@ def read_all_headers(checkpoint: Checkpoint, *, token: str | None = None, offlin
     """
     if checkpoint.tensors is not None or checkpoint.commit is None or checkpoint.components:
         return checkpoint
-    folder, _ = _locate(RepoName(checkpoint.id, checkpoint.commit), _hub(token, offline))
+    folder, _ = _locate(RepoName(checkpoint.id, checkpoint.commit), hub_of(token, offline))
     tensors = read_tensor_table(folder)
     if isinstance(folder, HubFolder):
         folder.keep()
     return replace(checkpoint, tensors=tensors)
 
 
-def _hub(token: str | None, offline: bool) -> Hub:
+def hub_of(token: str | None, offline: bool) -> Hub:
+    """The Hub that the environment names; offline where it or the environment says so."""
     wanted = {"1", "on", "yes", "true"}
     offline = offline or any(
         os.environ.get(v, "").lower() in wanted for v in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")

@@ -27,7 +27,7 @@ SOURCE = ("revision", "token", "offline", "file")
 """Options that say how a model is read; all that are neither these nor OUTPUT make the request."""
 
 OUTPUT = ("json", "markdown", "csv", "explain", "quiet")
-LATER_COMMANDS = ("card", "web", "sweep", "measure", "mcp")
+LATER_COMMANDS = ("web", "sweep", "measure", "mcp")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -237,6 +237,17 @@ def _gpus(text: str | None, **flags: bool) -> int:
     return EXIT_OK
 
 
+def _card(model: str, write: str | None, token: str | None, **flags: bool) -> int:
+    from hfvram.show.publish import Terminal, publish
+
+    quiet = flags["quiet"]
+    _, paint = terminal()
+    user = Terminal(click.echo, (lambda _: None) if quiet else _note, lambda q: click.confirm(q, err=True), paint)
+    given = {"file": write, "push": flags["push"], "confirmed": flags["yes"], "token": token}
+    publish(model, user, **given, offline=flags["offline"])  # type: ignore[arg-type]
+    return EXIT_OK
+
+
 def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if value:
         click.echo(f"hfvram {__version__}")
@@ -244,7 +255,7 @@ def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
 
 
 _JSON = click.Option(["--json"], is_flag=True, help="one JSON object a line")
-_QUIET = click.Option(["-q", "--quiet"], is_flag=True, help="no progress")
+_QUIET = click.Option(["-q", "--quiet"], is_flag=True, help="no progress, no notices")
 ask = GroupedCommand(
     "hfvram",
     callback=_ask,
@@ -266,6 +277,21 @@ COMMANDS = {
             click.Argument(["file"]),
             _JSON,
             click.Option(["--jobs"], type=click.IntRange(1, 512), default=1, help="processes (1)"),
+            _QUIET,
+        ],
+    ),
+    "card": click.Command(
+        "card",
+        callback=_card,
+        help="The section on GPU memory for the model card of MODEL, as Markdown: memory by context and quantization, "
+        "what fits which GPU, what fine-tuning takes.",
+        params=[
+            click.Argument(["model"]),
+            click.Option(["--write"], metavar="FILE", help="keep it in FILE, between <!-- hfvram:start --> and end"),
+            click.Option(["--push"], is_flag=True, help="show the change of README.md on the Hub, ask, and propose it"),
+            click.Option(["--yes"], is_flag=True, help="with --push: don't ask"),
+            click.Option(["--token"], metavar="TOKEN", help="Hub token, in place of HF_TOKEN"),
+            click.Option(["--offline"], is_flag=True, help="the cache and the built-in catalogue only"),
             _QUIET,
         ],
     ),

@@ -125,6 +125,7 @@ class GroupedCommand(click.Command):
             formatter.write_dl(
                 [
                     ("hfvram batch FILE", "a JSON request a line, an answer a line"),
+                    ("hfvram card MODEL", "the section on memory for a model card: printed, kept in a file, proposed"),
                     ("hfvram gpus [TEXT]", "the GPUs known by name"),
                     ("--version, --help", ""),
                 ]
