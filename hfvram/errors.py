@@ -37,6 +37,10 @@ class HfvramError(Exception):
         self.message = printable(message)
         super().__init__(self.message)
 
+    def __reduce__(self) -> tuple[type["HfvramError"], tuple[Kind, str]]:
+        """From one process to another."""
+        return HfvramError, (self.kind, self.message)
+
     @property
     def exit_code(self) -> int:
         return EXIT_USAGE if self.kind == "usage" else EXIT_FAILED

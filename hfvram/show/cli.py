@@ -27,7 +27,7 @@ SOURCE = ("revision", "token", "offline", "file")
 """Options that say how a model is read; all that are neither these nor OUTPUT make the request."""
 
 OUTPUT = ("json", "markdown", "csv", "explain", "quiet")
-LATER_COMMANDS = ("web", "sweep", "measure", "mcp")
+LATER_COMMANDS = ("sweep", "measure", "mcp")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -220,6 +220,13 @@ def _batch(file: str, jobs: int, **flags: bool) -> int:
     return EXIT_FAILED if batch(file, jobs=jobs, as_json=flags["json"], progress=not flags["quiet"]) else EXIT_OK
 
 
+def _web(host: str, port: int, browser: bool) -> int:
+    from hfvram.show.web.server import serve
+
+    serve(host, port, browser=browser)
+    return EXIT_OK
+
+
 def _gpus(text: str | None, **flags: bool) -> int:
     from hfvram.answer.gpus import gpus
     from hfvram.show.layout import columns
@@ -300,5 +307,17 @@ COMMANDS = {
         callback=_gpus,
         help="The GPUs known by name, with the memory that a process can use; TEXT narrows them down.",
         params=[click.Argument(["text"], required=False), click.Option(["--json"], is_flag=True, help="a JSON list")],
+    ),
+    "web": click.Command(
+        "web",
+        callback=_web,
+        help="The page: the same question in a form, its answer as figures and pictures (needs hfvram[web]). Its "
+        "address takes options: /?model=ORG/NAME&ctx=8192. On another host than this machine's own it answers "
+        "strangers: without this machine's token.",
+        params=[
+            click.Option(["--host"], default="127.0.0.1", help="where it listens (127.0.0.1)"),
+            click.Option(["--port"], type=click.IntRange(0, 65535), default=7860, help="(7860; 0: any that is free)"),
+            click.Option(["--browser/--no-browser"], default=True, help="open it in the browser (yes)"),
+        ],
     ),
 }

@@ -214,22 +214,9 @@ def verdict(e: Estimate, width: int, paint: Paint) -> list[str]:
     """Whether it fits, by how much, the limits, and what would make it fit; GPUs that would run it, if asked."""
     lines: list[str] = []
     if f := e.fit:
-        room = f"{size(abs(f.headroom_bytes))} {'to spare' if f.fits else 'too much'}"
-        word = paint("fits", "green") if f.fits else paint("does not fit", "red")
-        taken = f"{size(e.device_bytes)} of {size(f.capacity_bytes)}"
-        if e.serving:
-            taken = f"the requests take {size(e.cache_bytes)} of a pool of {size(e.serving.kv_pool_bytes or 0)}"
-        if e.placement and e.cpu_bytes + e.disk_bytes and f.headroom_bytes < f.capacity_bytes - e.device_bytes:
-            room = f"and {size(-f.headroom_bytes)} of weights have no room on the GPUs"
-        gpus = f"{len(e.ranks)} × {f.gpu}" if e.placement else f.gpu
-        lines.append(f"{word} {gpus}: {taken}, {room}")
-        limits = [(n, v) for n, v in (("context", f.max_ctx), ("batch", f.max_batch)) if v is not None]
-        most = [f"{n} {v:,}" if v else f"not even {n} 1" for n, v in limits]
-        if limits:
-            fits = any(v for _, v in limits)
-            lines.append(
-                f"most that fits, all else as asked: {' or '.join(most)}" if fits else "not even one token fits"
-            )
+        word, colour = ("fits", "green") if f.fits else ("does not fit", "red")
+        first, *limits = judged(e)
+        lines += [paint(word, colour) + first.removeprefix(word), *limits]
         if f.ways:
             lines.append("fits with:")
             lines += columns([(way.change, size(way.device_bytes), "") for way in f.ways], width, "<><", indent=2)
@@ -239,6 +226,27 @@ def verdict(e: Estimate, width: int, paint: Paint) -> list[str]:
         lines.append("smallest GPUs that run it:")
         lines += columns([(r.gpu, size(r.capacity_bytes), "") for r in e.recommended], width, "<><", indent=2)
     return lines
+
+
+def judged(e: Estimate) -> list[str]:
+    """The verdict in a sentence, and what the limits are in another; nothing where no GPU is named."""
+    if not (f := e.fit):
+        return []
+    room = f"{size(abs(f.headroom_bytes))} {'to spare' if f.fits else 'too much'}"
+    taken = f"{size(e.device_bytes)} of {size(f.capacity_bytes)}"
+    if e.serving:
+        taken = f"the requests take {size(e.cache_bytes)} of a pool of {size(e.serving.kv_pool_bytes or 0)}"
+    if e.placement and e.cpu_bytes + e.disk_bytes and f.headroom_bytes < f.capacity_bytes - e.device_bytes:
+        room = f"and {size(-f.headroom_bytes)} of weights have no room on the GPUs"
+    gpus = f"{len(e.ranks)} × {f.gpu}" if e.placement else f.gpu
+    said = [f"{'fits' if f.fits else 'does not fit'} {gpus}: {taken}, {room}"]
+    limits = [(n, v) for n, v in (("context", f.max_ctx), ("batch", f.max_batch)) if v is not None]
+    most = [f"{n} {v:,}" if v else f"not even {n} 1" for n, v in limits]
+    if any(v for _, v in limits):
+        said.append(f"most that fits, all else as asked: {' or '.join(most)}")
+    elif limits:
+        said.append("not even one token fits")
+    return said
 
 
 def _by_category(items: Iterable[Item]) -> Iterator[tuple[str, int]]:
