@@ -27,7 +27,7 @@ SOURCE = ("revision", "token", "offline", "file")
 """Options that say how a model is read; all that are neither these nor OUTPUT make the request."""
 
 OUTPUT = ("json", "markdown", "csv", "explain", "quiet")
-LATER_COMMANDS = ("sweep", "measure", "mcp")
+LATER_COMMANDS = ("sweep", "mcp")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -255,6 +255,36 @@ def _card(model: str, write: str | None, token: str | None, **flags: bool) -> in
     return EXIT_OK
 
 
+@click.pass_context
+def _measure(ctx: click.Context, /, models: tuple[str, ...], **values: Any) -> int:
+    from hfvram.show import measure
+
+    given = {k: v for k, v in values.items() if ctx.get_parameter_source(k) is click.core.ParameterSource.COMMANDLINE}
+    output = {k for k in OUTPUT if given.get(k)}
+    if wrong := output - {"json", "quiet"}:
+        raise HfvramError("usage", f"--{min(wrong)}: hfvram measure prints a table, or with --json an object")
+    source = {k: v for k, v in given.items() if k in SOURCE}
+    own = ("read_log", "save", "snapshot")
+    asked = {k: v for k, v in given.items() if k not in SOURCE + OUTPUT + own}
+    if "read_log" not in given:
+        raise HfvramError(
+            "usage", f"hfvram measure on a GPU is not supported yet by hfvram {__version__}: --read-log FILE"
+        )
+    found = measure.from_log(given["read_log"], models, asked, source)
+    for message in () if "quiet" in output else found.warnings:
+        _note(message)
+    measure.echo_log(found, output, terminal()[0])
+    return EXIT_OK
+
+
+def _hidden(parameters: list[click.Parameter]) -> list[click.Parameter]:
+    """The request's options, of which `hfvram --help` tells."""
+    for parameter in parameters:
+        if isinstance(parameter, click.Option):
+            parameter.hidden = parameter.name not in ("json", "quiet", "gpu", "ctx", "mode", "batch")
+    return parameters
+
+
 def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if value:
         click.echo(f"hfvram {__version__}")
@@ -300,6 +330,19 @@ COMMANDS = {
             click.Option(["--token"], metavar="TOKEN", help="Hub token, in place of HF_TOKEN"),
             click.Option(["--offline"], is_flag=True, help="the cache and the built-in catalogue only"),
             _QUIET,
+        ],
+    ),
+    "measure": click.Command(
+        "measure",
+        callback=_measure,
+        help="Set the estimate against what a log of vLLM, SGLang or llama.cpp, or an out-of-memory message of PyTorch "
+        "says. MODEL and options (all of hfvram's) win over what the log tells.",
+        params=[
+            click.Argument(["models"], nargs=-1, metavar="[MODEL]"),
+            click.Option(
+                ["--read-log"], metavar="FILE", help="a start-up log or an out-of-memory message (- for stdin)"
+            ),
+            *_hidden(options()),
         ],
     ),
     "gpus": click.Command(
