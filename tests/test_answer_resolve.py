@@ -90,11 +90,6 @@ def test_a_checkpoints_own_quantization() -> None:
     assert resolved(unheard, quant="none").quant == "none"
 
 
-@pytest.mark.parametrize("quant", ["fp8", "mxfp4", "gptq-4", "awq-4"])
-def test_formats_that_are_not_made_while_loading(quant: str) -> None:
-    assert "nf4, fp4, int8" in refusal(model(), quant=quant)
-
-
 def test_attention_that_the_model_can_not_run() -> None:
     assert resolved(model(), attention="eager").attention == "eager"
     request, notes = resolve(model(MPT), Request(attention="sdpa"))

@@ -135,7 +135,7 @@ def test_what_an_engine_has_no_use_for() -> None:
     assert "not divisible" in refusal(tp=2, gpus=3)
     assert "--tp 3 does not divide the 32 attention heads" in refusal(tp=3)
     assert "valid are auto, fp16, bf16, fp8" in refusal(kv_dtype="int4")
-    assert "valid are auto, none, fp8" in refusal(quant="nf4")
+    assert "valid are auto, none, fp8" in refusal(quant="int8")
     assert "only decoders" in refusal("google-t5/t5-small")
     assert "--gpu-memory-utilization" in refusal(gpu_memory_utilization=1.5)
     for text in ("x", "3", "0x5", "2xmany", "2x16,"):

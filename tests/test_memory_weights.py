@@ -16,7 +16,6 @@ from hfvram.memory.weights import (
     SCALES,
     STORED,
     WEIGHTS,
-    packed_bits,
     param_bytes,
     standing,
 )
@@ -106,33 +105,13 @@ def test_bitsandbytes_replaces_linear_layers_alone(kind: Any, quant: str) -> Non
     assert taken(Param("x", (64, 64), kind), quant) == {WEIGHTS.name: 64 * 64 * 2}
 
 
-@pytest.mark.parametrize(
-    ("method", "bits"),
-    [
-        ("gptq-4", 4 + (16 + 4) / 128),
-        ("awq-4", 4 + (16 + 4) / 128),
-        ("gptq-3", 3 + (16 + 3) / 128),
-        ("gptq-8", 8 + 16 / 128),
-        ("int-4", 4 + (16 + 4) / 128),
-        ("fp8", 8 + 32 / 128 / 128),
-        ("nvfp4", 4.5),
-        ("nf4", None),
-        ("none", None),
-        ("spqr", None),
-    ],
-)
-def test_bits_a_weight_by_the_methods_name(method: str, bits: float | None) -> None:
-    assert packed_bits(method) == bits
-
-
 def test_packed_weights() -> None:
-    # 4 bits and 20 bits for 128 of them: 4.15625 / 8 · 4096 · 1024
-    assert taken(LINEAR, "gptq-4") == {PACKED.name: 2_179_072}
+    # 4 bits and 20 bits for 128 of them: 4.15625 / 8 · 4096 · 1024; the order of 1,024 inputs
+    assert taken(LINEAR, "gptq-4") == {PACKED.name: 2_179_072 + 4_096}
     assert taken(LINEAR, "fp8") == {PACKED.name: 4096 * 1024 + 4096 * 1024 // 128**2 * 4}
-    assert taken(Param("e", (8, 64, 32), "experts"), "fp8") == {PACKED.name: int(8 * 64 * 32 * (8 + 32 / 128**2) / 8)}
+    assert taken(Param("e", (8, 64, 32), "experts"), "fp8") == {PACKED.name: 8 * (64 * 32 + 4)}
     assert taken(Param("n", (64,), "linear"), "fp8") == {WEIGHTS.name: 128}
-    # transformers turns MXFP4 into the computing dtype where its kernels are not installed
-    assert taken(LINEAR, "mxfp4") == taken(LINEAR, "none")
+    assert taken(LINEAR, "mxfp4") == {PACKED.name: 4096 * 1024 * 17 // 32}
 
 
 # --- what a checkpoint's quantization leaves alone
@@ -157,8 +136,7 @@ def model(*params: Param, **facts: Any) -> Architecture:
 def test_modules_left_alone_stay_in_the_dtype() -> None:
     params = (Param("a.weight", (64, 64)), Param("b.weight", (64, 64)))
     a = model(*params, quantization="fp8", unquantized=("b",))
-    fp8 = int(64 * 64 * (8 + 32 / 128**2) / 8)
-    assert [n for n, _ in standing(a, "bf16", "fp8", True).tensors] == [fp8, 64 * 64 * 2]
+    assert [n for n, _ in standing(a, "bf16", "fp8", True).tensors] == [64 * 64, 4, 64 * 64 * 2]
     # somebody who quantizes the whole by another method doesn't ask what the checkpoint's own left alone
     assert sum(n for n, _ in standing(a, "bf16", "int8", True).tensors) == 2 * (64 * 64 + 64 * 4)
 

@@ -230,8 +230,9 @@ def test_packed_words_are_no_parameters(tmp_path: Path) -> None:
     e = hfvram.estimate(str(tmp_path))
     assert e.model.parameters == 13_015_864_320  # Llama-2-13B's
     linear = 40 * (4 * 5120**2 + 3 * 5120 * 13824)
-    # 4 bits, and for 128 of them a scale in fp16 and a zero point of 4 bits
-    assert e.weights_bytes == linear * (4 + 20 / 128) / 8 + 2 * (13_015_864_320 - linear)
+    # 4 bits, and for 128 of them a scale in fp16 and a zero point of 4 bits; the order of each layer's inputs
+    order = 40 * (6 * 5120 + 13824) * 4
+    assert e.weights_bytes == linear * (4 + 20 / 128) / 8 + order + 2 * (13_015_864_320 - linear)
 
 
 def test_fp8_keeps_a_scale_a_block() -> None:

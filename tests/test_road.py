@@ -169,7 +169,11 @@ def unsupported() -> list[tuple[str, object]]:
     refused += [("pp", 2), ("ep", 2), ("cp", 2), ("sp", True), ("zero", 3)]
     refused += [("offload", ["experts"])]
     refused = [(name, value) for name, value in refused if value not in SUPPORTED[name]]
-    refused += [("quant", word) for word in CHOICES["quant"] if word not in ("auto", "none", *ON_LOADING)]
+    refused += [
+        ("quant", word)
+        for word in CHOICES["quant"]
+        if word not in ("auto", "none", *ON_LOADING, "fp8", "gptq-4", "awq-4")
+    ]
     refused += [("kv_dtype", word) for word in CHOICES["kv_dtype"] if word != "auto"]
     refused += [("gradient_checkpointing", True), ("mixed_precision", "bf16"), ("grad_accum", 2)]
     return [*refused, ("optimizer", "lion"), ("lora_r", 8), ("lora_targets", ["q_proj"]), ("lora_dropout", 0.1)]

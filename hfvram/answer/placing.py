@@ -8,6 +8,7 @@ from hfvram.memory.device import CONTEXT_BYTES
 from hfvram.memory.formula import Share, placed, shares
 from hfvram.memory.mesh import mesh_of
 from hfvram.memory.placement import DeviceMap
+from hfvram.memory.weights import computed
 from hfvram.model.identify import Model
 from hfvram.request import Request
 from hfvram.units import gib, parse_bytes
@@ -100,4 +101,4 @@ def notes(request: Request, found: tuple[Placement, ...], fullest: Estimate) -> 
 
 
 def _quant(model: Model, request: Request) -> str:
-    return request.quant if request.quant != "auto" else model.architecture.quantization or "none"
+    return computed(model.architecture, request)

@@ -1,8 +1,9 @@
 """What a request leaves open, decided by the model: context, phase, dtypes; what goes against it, and what was never
 measured, is told."""
 
+from hfvram.answer import quantization
 from hfvram.answer.placing import is_placed
-from hfvram.answer.supported import SIMULATED_CACHES, SIMULATED_QUANTS
+from hfvram.answer.supported import SIMULATED_CACHES
 from hfvram.errors import HfvramError
 from hfvram.memory import offload
 from hfvram.memory.attention import implementation
@@ -12,7 +13,6 @@ from hfvram.memory.generation import MEASURED, generation
 from hfvram.memory.mesh import mesh_of
 from hfvram.memory.tensor_parallel import NO_PLAN
 from hfvram.memory.training.deepspeed import BUCKET_ELEMENTS, auto_bucket
-from hfvram.memory.weights import DEQUANTIZED, packed_bits
 from hfvram.model.adapter import defaults
 from hfvram.model.architecture import Architecture
 from hfvram.model.layers import Attention
@@ -60,18 +60,10 @@ def resolve(architecture: Architecture, request: Request) -> tuple[Request, list
         raise HfvramError("usage", f"--new-tokens {new} leaves no prompt in --ctx {ctx}: {valid}")
     dtype = architecture.dtype if request.dtype == "auto" else request.dtype
     own = architecture.quantization or "none"
-    if own != "none" and request.quant not in ("auto", "none", own):
-        raise HfvramError("usage", f"--quant {request.quant}: the checkpoint is {own} already, valid are auto and none")
-    loading = (*ON_LOADING, *SIMULATED_QUANTS) if request.method == "simulate" else ON_LOADING
-    if request.quant not in ("auto", "none", own, *loading):
-        valid = ", ".join(("none", *ON_LOADING))
-        more = f", and {', '.join(SIMULATED_QUANTS)} with --method simulate"
-        raise HfvramError("usage", f"--quant {request.quant} is not supported yet: this version answers {valid}{more}")
     if request.kv_dtype not in ("auto", dtype):
         why = f"this version keeps the cache in the computing dtype, here {dtype}"
         raise HfvramError("usage", f"--kv-dtype {request.kv_dtype} is not supported yet: {why}")
-    if request.quant == "auto" and own != "none":
-        warnings.append(_quantized(own))
+    warnings += quantization.check(architecture, request)
     capability = request.compute_capability or MEASURED
     if capability != MEASURED and request.attention == "sdpa":
         warnings.append(_derived(capability, dtype))
@@ -188,17 +180,6 @@ def _deepspeed(architecture: Architecture, request: Request, dtype: str) -> list
     if request.offload:
         said.append("CPU memory is per GPU's process: a node takes that of all its GPUs")
     return said
-
-
-def _quantized(method: str) -> str:
-    """What is assumed of a checkpoint that is quantized already. Raises `usage` for a method of unknown size."""
-    if method in DEQUANTIZED:
-        return f"{method} weights count as transformers loads them without kernels for them: in the computing dtype"
-    if packed_bits(method) is None and method not in ("nf4", "fp4", "int8"):
-        raise HfvramError(
-            "usage", f"quantization {method} is not supported yet: --quant none answers for the model in its own dtype"
-        )
-    return f"the checkpoint is {method}: weights as stored, without what its kernels need for a moment"
 
 
 def _attention(architecture: Architecture, request: Request) -> str:

@@ -3,6 +3,7 @@
 from typing import Any, Final
 
 from hfvram.answer.gpus import Gpu
+from hfvram.answer.quantization import AS_IF
 from hfvram.answer.resolve import DEFAULT_CTX
 from hfvram.errors import HfvramError
 from hfvram.memory.forward import ELEMENT_BYTES
@@ -11,9 +12,11 @@ from hfvram.memory.serving import sglang, vllm
 from hfvram.memory.serving.layers import recurrent
 from hfvram.memory.serving.options import Options
 from hfvram.memory.serving.plan import Plan, Requests
-from hfvram.memory.weights import packed_bits
+from hfvram.memory.weights import scheme_of
 from hfvram.model import caching, rope
+from hfvram.model.architecture import Architecture
 from hfvram.model.identify import Model
+from hfvram.model.packing import is_known
 from hfvram.read import engine_line
 from hfvram.request import CHOICES, Request, lengths
 
@@ -27,6 +30,8 @@ NO_USE: Final = (
     "expandable_segments",
 )
 """Options that mean nothing to a serving engine, or that are not answered for one yet."""
+MADE: Final = ("fp8", "nf4", *AS_IF)
+"""What weights may be in that are stored whole: made while loading, or as if the checkpoint were so."""
 CACHE_BYTES: Final = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 
 
@@ -82,11 +87,7 @@ def resolve(model: Model, request: Request) -> tuple[Request, list[str]]:
     dtype = request.dtype if request.dtype != "auto" else "fp16" if a.dtype == "fp16" else "bf16"
     own = a.quantization or "none"
     quant = own if request.quant == "auto" else request.quant
-    if quant not in ("none", own, "fp8") or (quant == "fp8" and own not in ("none", "fp8")):
-        valid = ", ".join(dict.fromkeys(("auto", "none", *(["fp8"] if own == "none" else []))))
-        raise HfvramError("usage", f"--quant {request.quant} with --engine {request.engine}: valid are {valid}")
-    if quant not in ("none", "nf4", "fp4", "int8", "mxfp4") and packed_bits(quant) is None:
-        raise HfvramError("usage", f"quantization {quant} is not supported yet: --quant none answers for {dtype}")
+    warnings += _weights(a, request, own, quant)
     kv = request.kv_dtype if request.kv_dtype != "auto" else caching.cache_dtype(model.checkpoint.config) or dtype
     if kv not in CACHE_BYTES:
         valid = ", ".join(k for k in CHOICES["kv_dtype"] if k in ("auto", *CACHE_BYTES))
@@ -107,6 +108,29 @@ def resolve(model: Model, request: Request) -> tuple[Request, list[str]]:
         if b.quantization:
             warnings.append(f"the draft counts in {dtype}, not in its own {b.quantization}")
     return request.with_(**changes), warnings
+
+
+def _weights(a: Architecture, request: Request, own: str, quant: str) -> list[str]:
+    """Warnings about the weights' format. Raises `usage` for what the engine can't load or make."""
+    engine = request.engine
+    if quant not in ("none", own) and (own != "none" or quant not in MADE):
+        valid = ", ".join(dict.fromkeys(("auto", "none", *(MADE if own == "none" else ()))))
+        more = ": it makes mxfp4 of nothing, and loads gpt-oss so" if quant == "mxfp4" else ""
+        raise HfvramError("usage", f"--quant {request.quant} with --engine {engine}: valid are {valid}{more}")
+    if quant in ("nf4", "fp4") and a.moe and engine == "sglang":
+        raise HfvramError("usage", f"--quant {quant}: SGLang packs no experts with bitsandbytes, valid is fp8")
+    if quant != "none" and not is_known(scheme_of(a, quant)):
+        if not a.stored_sizes or request.tp * request.pp > 1:
+            alone = "" if a.stored_sizes else " without the headers of its files"
+            valid = f"--quant none answers for {request.dtype if request.dtype != 'auto' else a.dtype}"
+            raise HfvramError("usage", f"quantization {quant} is not supported yet{alone}: {valid}")
+        return [f"quantization {quant} is not known here: weights count as they are stored, whatever is made of them"]
+    if own == "none" and quant in AS_IF:
+        kind = quant.partition("-")[0].upper()
+        return [f"as if the checkpoint were {kind} in 4 bits, groups of 128: embeddings, head and norms stay whole"]
+    if own == "none" and quant == "nf4":
+        return [f"bitsandbytes as {NAMES[engine]} has it: scales of 64 weights in fp32, not quantized themselves"]
+    return []
 
 
 def options(model: Model, request: Request, gpu: Gpu | None) -> Options:

@@ -14,6 +14,7 @@ from hfvram.answer.estimate import Item, LiveTensor, Offloaded, PhasePeak
 from hfvram.answer.peak import AtPeak, at_peak
 from hfvram.errors import HfvramError
 from hfvram.memory.timeline import Timeline
+from hfvram.memory.weights import computed
 from hfvram.model.identify import Model
 from hfvram.read import cache as disk
 from hfvram.request import Request
@@ -44,7 +45,8 @@ def run(model: Model, request: Request) -> Timeline:
     """Run a resolved request on meta, whatever is kept. Raises `missing_extra` without torch."""
     from hfvram.memory.exact.simulate import simulate
 
-    return simulate(model.checkpoint.config, model.architecture.class_name, request)
+    asked = request.with_(quant="none") if computed(model.architecture, request) == "none" else request
+    return simulate(model.checkpoint.config, model.architecture.class_name, asked)
 
 
 def _restored(kept: dict[str, Any]) -> AtPeak:

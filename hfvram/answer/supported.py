@@ -24,8 +24,6 @@ BY_SIMULATE: Final = ("sp",)
 """Options of which the exact engine answers every value, also for inference."""
 SIMULATED_CACHES: Final = ("offloaded", "quantized")
 """Caches that only the exact engine answers: transformers' own code moves and packs them."""
-SIMULATED_QUANTS: Final = ("fp8",)
-"""Made while loading by transformers' own code, which only the exact engine runs."""
 TRAINING: Final = (
     *("gradient_checkpointing", "checkpoint_every", "mixed_precision", "grad_accum", "optimizer"),
     *("lora_r", "lora_targets", "lora_dropout", "adapter_dtype", "fsdp"),

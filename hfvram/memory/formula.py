@@ -13,7 +13,7 @@ from hfvram.memory.offload import divide
 from hfvram.memory.placement import DeviceMap
 from hfvram.memory.tensor_parallel import check_modes, check_sequence, part_of
 from hfvram.memory.timeline import Timeline
-from hfvram.memory.weights import standing
+from hfvram.memory.weights import computed, standing
 from hfvram.model.architecture import Architecture
 from hfvram.model.layers import Attention
 from hfvram.request import Request
@@ -89,7 +89,7 @@ def timeline(architecture: Architecture, request: Request) -> Timeline:
 
         return train.timeline(architecture, request)
     dtype = request.dtype
-    quant = request.quant if request.quant != "auto" else architecture.quantization or "none"
+    quant = computed(architecture, request)
     if request.offload:
         stands, away, what = divide(architecture, request, dtype, quant)
         t = Timeline(stands)
@@ -103,7 +103,7 @@ def timeline(architecture: Architecture, request: Request) -> Timeline:
 def placed(architecture: Architecture, request: Request, device_map: DeviceMap) -> tuple[Share, ...]:
     """The GPUs on which parts of a model were placed: each what stands there, and what runs there. Raises `usage`."""
     placement.check(architecture, request)
-    quant = request.quant if request.quant != "auto" else architecture.quantization or "none"
+    quant = computed(architecture, request)
     f = _forward(architecture, request.with_(offload=()), quant)
     parts = placement.parts(architecture, device_map, request.gpus or 1, f)
     found = []

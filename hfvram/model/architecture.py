@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Literal
 
 from hfvram.model.layers import Attention, Layer, MixtureOfExperts, Param
+from hfvram.model.packing import Scheme
 
 Task = Literal["causal", "seq2seq", "encoder"]
 Counted = Literal["headers", "closed form", "meta device", "catalogue"]
@@ -76,6 +77,8 @@ class Architecture:
     """The nested language model's type, where there is one."""
     quantization: str | None = None
     """The checkpoint's own: `fp8`, `gptq-4`, `awq-4`, `nf4`, `int8`, `mxfp4`, `nvfp4`…"""
+    scheme: Scheme | None = None
+    """How that packs its weights."""
     stored_sizes: tuple[int, ...] = ()
     """Bytes of each stored tensor that is loaded, where a quantized checkpoint's headers were read."""
     unquantized: tuple[str, ...] = ()

@@ -16,6 +16,7 @@ from hfvram.model.families.common import dtype_of
 from hfvram.model.infer import infer
 from hfvram.model.layers import Layer, Param
 from hfvram.model.quantization import method
+from hfvram.model.scheme import scheme
 from hfvram.read.checkpoint import Checkpoint
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -98,6 +99,7 @@ def by_its_code(checkpoint: Checkpoint, unknown: HfvramError) -> Architecture:
         dtype=dtype,
         tied_head=generates,
         quantization=method(checkpoint.config)[0],
+        scheme=scheme(checkpoint.config),
         closed_form=False,
         warnings=(f"{unknown.message} to the formulas: its own code says what it takes",),
     )

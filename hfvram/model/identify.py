@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass, replace
 
-from hfvram.errors import HfvramError
+from hfvram.errors import HfvramError, printable
 from hfvram.model.adapter import with_adapter
 from hfvram.model.architecture import Architecture, Counted
 from hfvram.model.bound import STORED_DTYPES, weights_only
 from hfvram.model.infer import infer
 from hfvram.model.stored import count
 from hfvram.read.checkpoint import Checkpoint
+from hfvram.read.headers import BITS
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,13 +76,22 @@ def identify(checkpoint: Checkpoint, architecture: Architecture | None = None) -
     if checkpoint.tensors is not None:
         stored = count(checkpoint.tensors, architecture)
         source = "headers"
+        strange = sorted({t.dtype for t in checkpoint.tensors if t.dtype not in BITS})
+        if strange:
+            words = ", ".join(printable(d, 40) for d in strange[:4])
+            warnings.append(f"the files have dtypes that are not known here ({words}): their bytes count as stored")
+            if not architecture.quantization:
+                architecture = replace(architecture, quantization=strange[0].lower())
         if architecture.quantization:
             architecture = replace(architecture, stored_sizes=stored.sizes)
         if stored.beyond:
             warnings.append(
                 f"{stored.beyond:,} stored parameters are of layers that the model does not build (left out)"
             )
-        if stored.parameters != parameters:
+        if not stored.told:
+            source = "closed form" if architecture.closed_form else "meta device"
+            warnings.append("the words of the files do not tell how many parameters they are: the configuration does")
+        elif stored.parameters != parameters:
             warnings.append(
                 f"the headers hold {stored.parameters:,} parameters, {architecture.class_name} of this configuration "
                 f"has {parameters:,}: the memory is that of the model as it is built"

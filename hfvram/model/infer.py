@@ -10,6 +10,7 @@ from hfvram.model.config import Config
 from hfvram.model.families import reader
 from hfvram.model.families.defaults import known, type_of_class
 from hfvram.model.quantization import method
+from hfvram.model.scheme import scheme
 
 UNKNOWN: Final = "unknown_architecture"
 
@@ -46,6 +47,7 @@ def infer(
         architecture,
         quantization=quantization,
         unquantized=unquantized,
+        scheme=scheme(values),
         generates_cache=architecture.generates_cache and _caches(known(config), generation),
         warnings=taken + architecture.warnings + _taken_for_granted(config),
     )

@@ -27,17 +27,23 @@ def method(values: Mapping[str, Any]) -> tuple[str | None, tuple[str, ...]]:
     >>> method({"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}})
     ('mxfp4', ('lm_head',))
     """
+    section = section_of(values)
+    return (None, ()) if section is None else (name_of(section), _left_alone(section))
+
+
+def section_of(values: Mapping[str, Any]) -> Config | None:
+    """The section of a configuration that says how it is quantized, of the model or of its text model."""
     config = Config(values)
     for holder in (config, *(s for name in SECTIONS if (s := config.section(name)) is not None)):
         section = holder.section("quantization_config", "compression_config")
         if section is not None and section.values:
-            return _name(section), _left_alone(section)
-    if (mlx := config.section("quantization")) is not None and mlx.get("bits") is not None:
-        return f"mlx-{_bits(mlx, 'bits', default=4)}", ()
-    return None, ()
+            return section
+    mlx = config.section("quantization")
+    return mlx if mlx is not None and mlx.get("bits") is not None else None
 
 
-def _name(section: Config) -> str | None:
+def name_of(section: Config) -> str | None:
+    """The method of a section in hfvram's words, with its bits where those are a part of the name."""
     kind = section.text("quant_method", default="").lower()
     if kind in BITSANDBYTES and _is_bitsandbytes(section, kind):
         if section.flag("load_in_8bit", "_load_in_8bit") or kind == "bitsandbytes_8bit":
@@ -49,12 +55,12 @@ def _name(section: Config) -> str | None:
     if kind in FP8:
         return "fp8"
     if kind in ("gptq", "awq"):
-        return f"{kind}-{_bits(section, 'bits', 'w_bit', default=4)}"
+        return f"{kind}-{bits_of(section, 'bits', 'w_bit', default=4)}"
     if "round" in kind or kind == "inc":
         return _auto_round(section)
     if kind == "hqq":
         inner = (section.section("quant_config") or section).section("weight_quant_params") or Config({})
-        return f"hqq-{_bits(inner, 'nbits', default=4)}"
+        return f"hqq-{bits_of(inner, 'nbits', default=4)}"
     if kind == "quanto":
         return _typed(kind, section.text("weights", default="int8"))
     if kind == "torchao":
@@ -104,7 +110,7 @@ def _by_groups(section: Config) -> str | None:
         weights = group.section("weights") if group else None
         if group is None or weights is None:
             continue
-        bits = _bits(weights, "num_bits", default=8)
+        bits = bits_of(weights, "num_bits", default=8)
         text = group.text("format", default=section.text("format", default=""))
         if weights.text("type", default="int") == "float":
             small = "mxfp4" if "mxfp4" in text or weights.get("group_size") == 32 else "nvfp4"
@@ -118,12 +124,12 @@ def _by_bits(section: Config, kind: str) -> str | None:
     """A method that says its bits in the usual place; without a method it is MLX's own section."""
     if section.get("bits", "nbits_per_codebook") is None:
         return None
-    return f"{kind or 'mlx'}-{_bits(section, 'bits', 'nbits_per_codebook', default=4)}"
+    return f"{kind or 'mlx'}-{bits_of(section, 'bits', 'nbits_per_codebook', default=4)}"
 
 
 def _auto_round(section: Config) -> str:
     """AutoRound stores in the format of another method: GPTQ's unless it says AWQ's, or small floats."""
-    bits = _bits(section, "bits", default=4)
+    bits = bits_of(section, "bits", default=4)
     kind = section.text("data_type", default="int")
     if kind.startswith("nv_fp"):
         return "nvfp4"
@@ -144,7 +150,8 @@ def _typed(kind: str, text: str) -> str:
     return f"{kind}-{found.group(2)}" if kind == "quanto" else f"int-{found.group(2)}"
 
 
-def _bits(section: Config, *names: str, default: int) -> int:
+def bits_of(section: Config, *names: str, default: int) -> int:
+    """A number of bits by the first of these keys. Raises `bad_config` where it is none."""
     return section.size(*names, default=default, low=1, high=32)
 
 
@@ -152,8 +159,10 @@ def _left_alone(section: Config) -> tuple[str, ...]:
     """Every module that any of the known keys lists, once."""
     inner = section.section("quantization") or section
     names: dict[str, None] = {}
+    # of a mixture of FP8 and NVIDIA's 4 bits for the experts, `ignore` lists what is FP8
+    keys = SKIPPED[:1] if section.get("moe_quant_algo") and section.get("quant_method") == "fp8" else SKIPPED
     for source in (section, inner):
-        for key in SKIPPED:
+        for key in keys:
             value = source.get(key)
             if isinstance(value, (list, tuple)):
                 names.update(dict.fromkeys(str(v) for v in value))

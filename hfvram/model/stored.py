@@ -3,9 +3,12 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 
 from hfvram.model.architecture import Architecture
+from hfvram.model.unpacked import weights_of
 from hfvram.read.checkpoint import StoredTensor
+from hfvram.read.headers import BITS
 
 _NOT_PARAMETERS = re.compile(
     r"(^|\.)(inv_freq|cos_cached|sin_cached|masked_bias|causal_mask|position_ids|logit_bias_buffer"
@@ -15,13 +18,11 @@ _NOT_PARAMETERS = re.compile(
     r"|input_global_scale|weight_global_scale|k_scale|v_scale|q_scale|activation_scale)$"
     r"|quant_state\.|_scales$|_blocks_shape$|(^|\.)attn\.bias$|(^|\.)attention\.bias$|_absmax$|\.scale$"
 )
-_PACKED = {"qweight": "gptq", "weight_packed": "packed"}
 _TIED = re.compile(
     r"(^|\.)((lm_head|proj_out|embed_out|vocab_projector|generator_lm_head)\.weight"
     r"|(lm_head|predictions)\.decoder\.(weight|bias))$"
 )
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
-_INTEGER_WORDS = {"I32": 32, "U32": 32, "I64": 64, "I16": 16, "U8": 8, "I8": 8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,48 +33,51 @@ class Stored:
     beyond: int
     sizes: tuple[int, ...]
     """Bytes of each tensor that is loaded, scales and packed words as they are stored."""
+    told: bool = True
+    """Whether the words and their dtypes tell how many parameters they hold."""
 
 
 def count(tensors: Iterable[StoredTensor], architecture: Architecture) -> Stored:
     """Parameters by the headers, as the architecture's class would load them.
 
-    A tensor of packed 4-bit words holds as many parameters as fit its bits; scales, zero points and buffers are none.
-    Layers beyond the configuration's (multi-token prediction) and copies of tied tensors are not built.
+    A module of packed words holds as many parameters as fit its bits; scales, zero points and buffers are none. Layers
+    beyond the configuration's (multi-token prediction) and copies of tied tensors are not built.
     """
-    bits = _bits(architecture.quantization)
     layers = max((len(s.layers) for s in architecture.stacks), default=0)
     tensors = list(tensors)
     names = {t.name for t in tensors}
     built = {p.name for p in architecture.all_params}
+    modules: dict[str, dict[str, StoredTensor]] = {}
+    for tensor in tensors:
+        module, _, leaf = tensor.name.rpartition(".")
+        modules.setdefault(module, {})[leaf] = tensor
+    packed = {module: weights_of(leaves, architecture.scheme) for module, leaves in modules.items()}
     parameters = beyond = 0
+    told = True
     sizes = []
     for tensor in tensors:
-        leaf = tensor.name.rpartition(".")[2]
+        module, _, leaf = tensor.name.rpartition(".")
+        held = packed[module]
+        n = held[1] if held and leaf == held[0] else _elements(tensor, leaf)
+        told = told and n is not None and tensor.dtype in BITS
         layer = _LAYER.search(tensor.name)
         if (layer and layers and int(layer[1]) >= layers) or "mtp" in tensor.name.split("."):
-            beyond += _elements(tensor, leaf, bits)
+            beyond += 0 if _NOT_PARAMETERS.search(tensor.name) else n or 0
             continue
         if _is_copy(tensor.name, names, architecture):
             continue
         sizes.append(tensor.nbytes)
-        if not _NOT_PARAMETERS.search(tensor.name) and not _is_filler(tensor.name, names, built):
-            parameters += _elements(tensor, leaf, bits)
-    return Stored(parameters, beyond, tuple(sizes))
+        beside = held is not None and leaf != held[0] and tensor.name not in built and leaf != "bias"
+        if not beside and not _NOT_PARAMETERS.search(tensor.name) and not _is_filler(tensor.name, names, built):
+            parameters += n or 0
+    return Stored(parameters, beyond, tuple(sizes), told)
 
 
-def _elements(tensor: StoredTensor, leaf: str, bits: int) -> int:
-    n = 1
-    for size in tensor.shape:
-        n *= size
-    word = _INTEGER_WORDS.get(tensor.dtype)
-    packed = (
-        leaf in _PACKED
-        or leaf.endswith("_blocks")
-        or (word == 8 and bits == 4 and leaf in ("weight", "gate_up_proj", "down_proj"))
-    )
-    if word and packed:
-        return n * word // bits
-    return n
+def _elements(tensor: StoredTensor, leaf: str) -> int:
+    """Elements of a tensor on its own; fused experts of gpt-oss are two to a byte, and so are ModelOpt's."""
+    n = prod(tensor.shape)
+    two = leaf.endswith("_blocks") or leaf in ("gate_up_proj", "down_proj")
+    return n * 2 if two and tensor.dtype in ("U8", "I8") else n
 
 
 def _is_copy(name: str, names: set[str], architecture: Architecture) -> bool:
@@ -88,10 +92,3 @@ def _is_filler(name: str, names: set[str], built: set[str]) -> bool:
     """A bias that GPTQ's packing wrote for a layer that has none."""
     module, _, leaf = name.rpartition(".")
     return leaf == "bias" and f"{module}.qweight" in names and name not in built
-
-
-def _bits(quantization: str | None) -> int:
-    """Bits of a packed weight: 4 unless the method's name says otherwise."""
-    if quantization and (m := re.search(r"-(\d)$", quantization)):
-        return int(m[1])
-    return 8 if quantization in ("int8", "fp8") else 4

@@ -123,11 +123,19 @@ def mixture(feed: MixtureOfExperts, tp: int, quant: str) -> list[Param]:
     for p in feed.params:
         if p.kind == "experts":
             whole = len(p.shape) == 2 and p.shape[1] == feed.hidden_size
-            size = prod(p.shape[1:])
-            found.append(p if whole else replace(p, shape=(p.shape[0], size * width // feed.intermediate_size)))
+            found.append(p if whole else _narrowed(p, width, feed.intermediate_size))
         elif p not in shared and p.kind != "buffer":
             found.append(p)
     return found + (pair(shared, tp) if shared else [])
+
+
+def _narrowed(p: Param, width: int, whole: int) -> Param:
+    """Experts with a rank's `width` of their `whole` one, in the dimension that has it."""
+    sizes = p.shape[1:]
+    at = next((i for i, n in enumerate(sizes) if n in (whole, 2 * whole)), None)
+    if at is None:
+        return replace(p, shape=(p.shape[0], prod(sizes) * width // whole))
+    return replace(p, shape=(p.shape[0], *(n * width // whole if i == at else n for i, n in enumerate(sizes))))
 
 
 def _share(p: Param, tp: int) -> Param:

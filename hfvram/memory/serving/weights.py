@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from hfvram.errors import HfvramError
+from hfvram.memory.bitsandbytes import BLOCK
 from hfvram.memory.forward import ELEMENT_BYTES
-from hfvram.memory.serving.fusing import is_weight, sharded, vocabulary
+from hfvram.memory.serving.fusing import sharded, vocabulary
 from hfvram.memory.timeline import Standing, Tag
-from hfvram.memory.weights import GROUP, PACKED, SCALES, param_bytes
+from hfvram.memory.weights import PACKED, SCALES, STORED, param_bytes, scheme_of
 from hfvram.model.architecture import Architecture, Stack
 from hfvram.model.layers import Param
+from hfvram.model.packing import Scheme, by_method, is_known, packed_bytes, plain
 from hfvram.model.patterns import chosen
 from hfvram.model.rope import RopeTable
 
@@ -62,13 +64,18 @@ def standing(
 ) -> Standing:
     """Every tensor that stands on a rank of this stage before the pool is made."""
     left_alone = chosen(a.unquantized) if quant == a.quantization and a.unquantized else None
+    scheme = scheme_of(a, quant)
+    if quant == "fp8" != a.quantization:  # made while loading: one scale a tensor (quantization/fp8.py)
+        scheme = replace(scheme, block=None)
+    if a.stored_sizes and quant == a.quantization and not is_known(scheme) and tp == pp == 1:
+        return Standing(tuple((n, STORED) for n in a.stored_sizes))
     tables = [(t.positions * t.dim * (4 if t.fp32 else ELEMENT_BYTES[dtype]), ROPE) for t in rope]
     tensors: list[tuple[int, Tag]] = []
 
     def add(params: Iterable[Param]) -> None:
         for p in params:
-            method = "none" if left_alone and left_alone(p.name) else quant
-            tensors.extend(parts(p, dtype, method))
+            method = "none" if left_alone and left_alone(p.name) else scheme.of(p.name, p.kind)
+            tensors.extend(parts(p, dtype, method, by_method(scheme, method)))
 
     for stack in a.stacks:
         main = stack.name == a.main
@@ -100,26 +107,17 @@ def with_draft(target: Standing, draft: Draft | None, dtype: str, tp: int) -> St
     return Standing(target.tensors + standing(a, dtype, "none", tp, Stage(0, count, count), rope).tensors)
 
 
-def parts(p: Param, dtype: str, quant: str) -> tuple[tuple[int, Tag], ...]:
+def parts(p: Param, dtype: str, quant: str, scheme: Scheme | None = None) -> tuple[tuple[int, Tag], ...]:
     """The tensors that a parameter becomes: packed words, scales and what goes with them each for itself.
 
-    GPTQ and AWQ, with groups of 128: n·bits/8 packed, 2 B a scale, bits/8 a zero point, and GPTQ's order of the inputs.
-    FP8: one fp32 scale a tensor, or one for each row, is left out; blocks of 128 × 128 have one each.
+    Unlike transformers, engines keep MXFP4 packed, and turn bitsandbytes' scales of scales back into fp32 scales.
+    Source: vLLM 0.19.0, quantization/mxfp4.py; model_loader/bitsandbytes_loader.py (dequantize_dq).
     """
-    packed = is_weight(p) or p.kind == "experts"
-    method, _, bits = quant.rpartition("-")
-    if packed and bits.isdigit() and method in ("gptq", "awq", "int"):
-        n, width = p.numel, int(bits)
-        groups = -(-n // GROUP) if width < 8 else p.shape[0]
-        sizes = [n * width // 8, groups * 2] + [groups * width // 8] * (method != "int")
-        if method == "gptq":
-            sizes.append(p.shape[-1] * 4)
-        return tuple((size, PACKED) for size in sizes)
-    if p.kind == "experts" and quant == "mxfp4" and "bias" not in p.name:
-        return ((p.numel // 2, PACKED), (p.numel // 32, SCALES))
-    if packed and quant == "fp8":
-        return ((p.numel, PACKED), (-(-p.numel // GROUP**2) * 4, SCALES))
-    return param_bytes(p, dtype, quant, True)
+    if quant in ("nf4", "fp4") and p.kind == "experts" and len(p.shape) > 2:
+        return ((-(-p.numel // 2), PACKED), (-(-p.numel // BLOCK) * 4, SCALES))
+    if quant == "mxfp4" and (sizes := packed_bytes(scheme or plain(quant), p)):
+        return ((sizes[0], PACKED), *((n, SCALES) for n in sizes[1:]))
+    return param_bytes(p, dtype, quant, False, scheme)
 
 
 def _named(stack: Stack, i: int, params: Iterable[Param]) -> Iterator[Param]:
