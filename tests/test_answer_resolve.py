@@ -74,7 +74,7 @@ def test_dtype_is_the_checkpoints() -> None:
     assert resolved(model(), dtype="fp32").dtype == "fp32"
     assert resolved(model()).kv_dtype == "bf16"
     assert resolved(model(torch_dtype="float16"), kv_dtype="fp16").kv_dtype == "fp16"
-    assert "the computing dtype, here bf16" in refusal(model(), kv_dtype="int8")
+    assert "the computing dtype, here bf16" in refusal(model(), kv_dtype="fp8")
 
 
 def test_a_checkpoints_own_quantization() -> None:

@@ -10,9 +10,7 @@ from hfvram.request import Request
 
 NOT_YET: list[tuple[dict[str, Any], str]] = [
     ({"engine": "llama.cpp"}, "transformers, vllm, sglang"),
-    ({"cache": "offloaded"}, "dynamic, static"),
-    ({"cache": "quantized"}, "dynamic, static"),
-    ({"cache": "paged"}, "dynamic, static"),
+    ({"cache": "paged"}, "dynamic, static, offloaded, quantized"),
     ({"pp": 2}, "1"),
     ({"ep": 8}, "1"),
     ({"cp": 2}, "1"),
@@ -75,13 +73,6 @@ def test_options_of_one_kind_of_training(options: dict[str, Any]) -> None:
     with pytest.raises(HfvramError, match=r"is for --mode|valid is --mode lora") as caught:
         check(Request(**options))
     assert caught.value.kind == "usage"
-
-
-@pytest.mark.parametrize("cache", ["offloaded", "quantized"])
-def test_caches_that_the_formulas_do_not_know(cache: str) -> None:
-    check(Request(cache=cache, method="simulate"))
-    with pytest.raises(HfvramError, match="with --method simulate"):
-        check(Request(cache=cache, method="formula"))
 
 
 def test_sharding_is_for_training() -> None:

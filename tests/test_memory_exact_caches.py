@@ -51,7 +51,8 @@ def test_an_offloaded_cache_never_holds_more_than_two_layers_and_what_grows() ->
     t, dynamic = run("offloaded"), run("dynamic")
     assert max(cached_at(dynamic, i) for i in range(0, len(dynamic.events), 7)) >= 2 * LAYERS * 4088 * ROW
     assert max(cached_at(t, i) for i in range(0, len(t.events), 7)) <= 6 * 4095 * ROW
-    assert t.cache_bytes <= 2 * 4095 * ROW
+    assert t.cache_bytes == LAYERS * 2 * 4095 * ROW  # all of it, wherever it is
+    assert [(place, n) for place, _, n in t.elsewhere] == [("cpu", (LAYERS - 1) * 2 * 4095 * ROW)]
 
 
 def test_what_is_fetched_comes_from_the_pool_of_its_own_stream() -> None:

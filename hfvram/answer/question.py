@@ -4,7 +4,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 
 from hfvram import __version__
-from hfvram.answer import guide, pipeline, placing, serving, serving_options
+from hfvram.answer import caches, guide, pipeline, placing, serving, serving_options
 from hfvram.answer.estimate import Estimate, Fit, Interval, Rank, Recommended
 from hfvram.answer.facts import facts, guide_items
 from hfvram.answer.fit import judge
@@ -203,7 +203,8 @@ def estimate_of(model: Model, asked: Request) -> Estimate:
         alone = asked.with_(phase=None, gpu=None, max_ctx=False, max_batch=False)
         parts = tuple((name, estimate_of(part, alone)) for name, part in model.components)
         return pipeline.total(model.checkpoint.id, parts, model.warnings)
-    if asked.method == "auto" and not model.architecture.closed_form:
+    moved = asked.cache in caches.MOVED and not caches.has_formula(model.architecture)
+    if asked.method == "auto" and (moved or not model.architecture.closed_form):
         asked = asked.with_(method="simulate")  # no formula knows it
     request, notes = resolve(model.architecture, asked)
     if request.method == "guide":

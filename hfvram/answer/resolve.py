@@ -1,9 +1,8 @@
 """What a request leaves open, decided by the model: context, phase, dtypes; what goes against it, and what was never
 measured, is told."""
 
-from hfvram.answer import quantization
+from hfvram.answer import caches, quantization
 from hfvram.answer.placing import is_placed
-from hfvram.answer.supported import SIMULATED_CACHES
 from hfvram.errors import HfvramError
 from hfvram.memory import offload
 from hfvram.memory.attention import implementation
@@ -50,19 +49,15 @@ def resolve(architecture: Architecture, request: Request) -> tuple[Request, list
     phase = request.phase or ("encode" if encoder or bare else "generate")
     if encoder and phase != "encode":
         raise HfvramError("usage", f"--phase {phase}: {architecture.class_name} keeps no cache, valid is encode")
-    if request.cache in SIMULATED_CACHES and request.mode == "inference" and phase != "generate":
-        raise HfvramError("usage", f"--cache {request.cache} goes with --phase generate")
-    if phase == "encode" and request.cache == "static":
-        raise HfvramError("usage", "--cache static goes with --phase generate")
     new = request.new_tokens or min(DEFAULT_NEW_TOKENS, ctx - 1)
     if phase == "generate" and (new >= ctx > 1 or (request.new_tokens and ctx == 1)):
         valid = f"valid are 1 to {ctx - 1}" if ctx > 1 else "leave it out"
         raise HfvramError("usage", f"--new-tokens {new} leaves no prompt in --ctx {ctx}: {valid}")
     dtype = architecture.dtype if request.dtype == "auto" else request.dtype
     own = architecture.quantization or "none"
-    if request.kv_dtype not in ("auto", dtype):
-        why = f"this version keeps the cache in the computing dtype, here {dtype}"
-        raise HfvramError("usage", f"--kv-dtype {request.kv_dtype} is not supported yet: {why}")
+    kept_in = caches.check(architecture, request, phase, dtype)
+    if kept_in == "int8":
+        warnings.append("a cache in 8 bits as HQQ's backend keeps it: read in its source, not measured")
     warnings += quantization.check(architecture, request)
     capability = request.compute_capability or MEASURED
     if capability != MEASURED and request.attention == "sdpa":
@@ -97,7 +92,7 @@ def resolve(architecture: Architecture, request: Request) -> tuple[Request, list
         new_tokens=(new or None) if phase == "generate" and not training else None,
         dtype=dtype,
         quant=own if request.quant == "auto" and own in CHOICES["quant"] else request.quant,
-        kv_dtype=dtype if dtype in CHOICES["kv_dtype"] else "auto",
+        kv_dtype=kept_in if kept_in in CHOICES["kv_dtype"] else "auto",
         attention=attention,
         compute_capability=None if capability == MEASURED else capability,
         gpus=gpus,

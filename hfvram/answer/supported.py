@@ -11,7 +11,7 @@ SUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
     "mode": ("inference", "train", "lora", "qlora"),
     "engine": ("transformers", "vllm", "sglang"),
     "method": ("auto", "formula", "simulate", "guide"),
-    "cache": ("dynamic", "static"),
+    "cache": ("dynamic", "static", "offloaded", "quantized"),
     "pp": (1,),
     "ep": (1,),
     "cp": (1,),
@@ -22,8 +22,6 @@ SUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
 }
 BY_SIMULATE: Final = ("sp",)
 """Options of which the exact engine answers every value, also for inference."""
-SIMULATED_CACHES: Final = ("offloaded", "quantized")
-"""Caches that only the exact engine answers: transformers' own code moves and packs them."""
 TRAINING: Final = (
     *("gradient_checkpointing", "checkpoint_every", "mixed_precision", "grad_accum", "optimizer"),
     *("lora_r", "lora_targets", "lora_dropout", "adapter_dtype", "fsdp"),
@@ -40,10 +38,9 @@ OPTIMIZERS: Final = (
 
 def simulated_by_default(request: Request) -> bool:
     """Whether the exact engine answers where nobody says which: training but for what is DeepSpeed's, offloaded, a
-    pipeline or experts apart, and caches that only it knows."""
+    pipeline or experts apart."""
     training = request.mode != "inference" and not request.zero and not request.offload
-    training = training and request.pp == request.ep == 1
-    return training or request.cache in SIMULATED_CACHES
+    return training and request.pp == request.ep == 1
 
 
 def by_code(request: Request) -> bool:
@@ -60,7 +57,7 @@ def check(request: Request) -> None:
             continue  # `splits` says what goes together
         if name == "offload" and value and request.method == "simulate":
             values = ((),)
-        if request.method == "simulate" and (name in BY_SIMULATE or (name == "cache" and value in SIMULATED_CACHES)):
+        if request.method == "simulate" and name in BY_SIMULATE:
             continue
         if value not in values:
             words = ", ".join(
@@ -69,8 +66,6 @@ def check(request: Request) -> None:
             option = "--" + name.replace("_", "-")
             shown = ",".join(value) if isinstance(value, tuple) else value
             more = ", and --phase prefill and encode with --method simulate" if name in BY_SIMULATE else ""
-            if name == "cache":
-                more = f", and {' and '.join(SIMULATED_CACHES)} with --method simulate"
             raise HfvramError(
                 "usage",
                 f"{option} {shown} is not supported yet: this version answers {option} {words or '(none)'}{more}",

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from hfvram.memory.blocks import HIDDEN, normalize, project, rotate, split_project
 from hfvram.memory.forward import Forward
+from hfvram.memory.packed_cache import LayerCache, grow_offloaded, grow_quantized
 from hfvram.memory.scores import MATH, SCORES, eager_weights
 from hfvram.memory.timeline import Tag, Timeline
 from hfvram.model.layers import Attention
@@ -69,9 +70,12 @@ def attention(t: Timeline, f: Forward, part: Attention, cache: list[int]) -> tup
         query, key = rotated[:1], rotated[1:]
         joined = part.rotary.dim < part.head_dim
     if cached:
-        grow(t, f, part, cache)
-        t.free(*key, *(value if query else []))
-        key, value = [], value if not query else []
+        grown = grow(t, f, part, cache)
+        if f.cache == "quantized" and not f.past:  # what was computed is what is read
+            grown += key + (value if query else [])
+        else:
+            t.free(*key, *(value if query else []))
+        key, value = grown, value if not query else []
     computed = []
     if part.relative_bias in ("first", "own") and f.tokens > 1:
         computed = [_relative_bias(t, f, part)]
@@ -130,30 +134,36 @@ def _projection(t: Timeline, f: Forward, part: Attention, width: int, tag: Tag) 
     return [normed, *gate]
 
 
-def grow(t: Timeline, f: Forward, part: Attention, cache: list[int]) -> None:
+def grow(t: Timeline, f: Forward, part: Attention, cache: list[int]) -> list[int]:
     """Append the new tokens to the layer's cache.
 
     A dynamic cache is a new concatenation each time, old and new standing together for a moment; a window keeps a view
     of what its last step concatenated, W − 1 old tokens and the new ones; a static cache is there from the first step.
+    Returns what attention reads beside the cache, to be freed after it.
     """
     row = f.batch * (part.heads if part.groups == "expanded" else part.kv_heads) * f.element_bytes
     if f.static_length:
         if not cache:
             length = min(f.static_length, part.window or f.static_length)
             cache += [t.alloc(row * length * d, CACHE) for d in (part.head_dim, part.value_dim)] + [t.alloc(8, COUNTER)]
-        return
+        return []
+    if f.cache == "quantized":
+        return grow_quantized(t, f, cache, (row * part.head_dim, row * part.value_dim))
     length = stored_tokens(part, f.past, f.tokens)
+    if isinstance(cache, LayerCache):
+        return grow_offloaded(t, cache, (row * length * part.head_dim, row * length * part.value_dim))
     if not cache:
         cache += [t.alloc(row * length * d, CACHE) for d in (part.head_dim, part.value_dim)]
         if part.window:
             cache.append(t.alloc(8, COUNTER))
-        return
+        return []
     keys = t.alloc(row * length * part.head_dim, CACHE)
     if not part.window:
         t.free(cache[0])
     values = t.alloc(row * length * part.value_dim, CACHE)
     t.free(*([cache[0], cache[1]] if part.window else [cache[1]]))
     cache[:2] = [keys, values]
+    return []
 
 
 def stored_tokens(part: Attention, past: int, new: int) -> int:

@@ -132,6 +132,8 @@ def _forward(architecture: Architecture, request: Request, quant: str) -> Forwar
         resident_experts=request.resident_experts if "experts" in request.offload else None,
         away=frozenset(map(id, architecture.text.layers)) if "layers" in request.offload else frozenset(),
         gpu=generation(request.compute_capability),
+        cache=request.cache,
+        cache_bits=8 if request.kv_dtype == "int8" else 4,
         static_length=ctx - 1 if request.cache == "static" and request.phase == "generate" else 0,
     )
 

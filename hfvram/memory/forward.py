@@ -56,8 +56,19 @@ class Forward:
     """Tokens of the encoder's output, which cross attention reads."""
     static_length: int = 0
     """Tokens that a static cache holds, 0 for a dynamic one."""
+    cache: str = "dynamic"
+    """Which of transformers' caches."""
+    cache_bits: int = 16
+    """Bits of a value in a quantized one."""
+    prompt: int = 0
+    """Tokens before the first that was decoded."""
     gpu: Generation = HOPPER
     """The GPU's generation, which decides about kernels."""
+
+    @property
+    def decoded(self) -> int:
+        """Tokens of the past that came one by one."""
+        return max(0, self.past - self.prompt)
 
     @property
     def rows(self) -> int:

@@ -15,6 +15,7 @@ from hfvram.memory.forward import Forward
 from hfvram.memory.hybrid import hybrid, is_hybrid, keeps_embedding, scales_embedding
 from hfvram.memory.mixers import feed, grow_cache, mix
 from hfvram.memory.offload import BROUGHT_LAYER, HOOKS, brought_layer
+from hfvram.memory.packed_cache import AWAY, RESIDUAL, LayerCache, chain
 from hfvram.memory.repetition import Pattern, pattern, repeat
 from hfvram.memory.streams import STREAMS, collapse, streams_layer
 from hfvram.memory.timeline import Tag, Timeline
@@ -43,7 +44,11 @@ def generate(t: Timeline, architecture: Architecture, f: Forward, new_tokens: in
         return
     t.mark("decode")
     first = len(t.sizes)
-    for step in sorted(step for step in {1, steps} if 1 <= step <= steps):
+    written = {1, steps}
+    if f.cache == "quantized":
+        written.add(steps // RESIDUAL * RESIDUAL)  # the last time that all is packed anew
+    f = replace(f, prompt=prompt)
+    for step in sorted(step for step in written if 1 <= step <= steps):
         forward(t, architecture, replace(f, tokens=1, past=prompt + step - 1, decoding=True), caches)
     if f.static_length and f.quant not in ("nf4", "fp4", "int8"):  # compiled: CUDA graphs have a pool of their own
         t.streams.update(dict.fromkeys(range(first, len(t.sizes)), GRAPHS))
@@ -52,7 +57,8 @@ def generate(t: Timeline, architecture: Architecture, f: Forward, new_tokens: in
 
 def prefill(t: Timeline, architecture: Architecture, f: Forward) -> list[list[int]]:
     """One pass over `f.tokens` tokens a sequence that fills the cache. Returns each layer's handles of it."""
-    caches: list[list[int]] = [[] for _ in architecture.text.layers]
+    count = len(architecture.text.layers)
+    caches: list[list[int]] = chain(count) if f.cache == "offloaded" else [[] for _ in range(count)]
     t.symbols = symbols(architecture, f)
     t.mark("prefill")
     t.alloc(3 * f.batch * f.tokens * 8, IDS)
@@ -73,7 +79,10 @@ def encode(t: Timeline, architecture: Architecture, f: Forward) -> None:
 
 
 def _count_cache(t: Timeline, caches: list[list[int]]) -> None:
-    t.cache_bytes = sum(t.sizes[handle] for cache in caches for handle in cache)
+    away = sum(sum(cache.away) for cache in caches if isinstance(cache, LayerCache))
+    t.cache_bytes = away or sum(t.sizes[handle] for cache in caches for handle in cache)
+    here = sum(t.sizes[handle] for cache in caches for handle in cache if isinstance(cache, LayerCache))
+    t.elsewhere = [x for x in t.elsewhere if x[1] is not AWAY] + ([("cpu", AWAY, away - here)] if away else [])
 
 
 def forward(t: Timeline, architecture: Architecture, f: Forward, caches: list[list[int]]) -> None:
@@ -114,7 +123,8 @@ def forward(t: Timeline, architecture: Architecture, f: Forward, caches: list[li
             out = run_layer(t, f, layer, hidden, cache)
             t.free(*brought)
             again = id(layer) in written and not f.past
-            written[id(layer)] = pattern(t, start, cache, out) if again else None
+            known_away = isinstance(cache, LayerCache)  # where each layer fetches the next, none is like another
+            written[id(layer)] = pattern(t, start, cache, out) if again and not known_away else None
         if hidden not in kept:
             t.free(hidden)
         hidden = out

@@ -60,7 +60,7 @@ def grow_cache(t: Timeline, f: Forward, layer: Layer, cache: list[int]) -> None:
         elif isinstance(part, LatentAttention):
             grow_latent(t, f, part, cache)
         elif isinstance(part, Attention) and part.cached and part.kind != "cross_attention":
-            grow(t, f, part, cache)
+            t.free(*grow(t, f, part, cache))
 
 
 def feed(t: Timeline, f: Forward, part: FeedForward | MixtureOfExperts, source: list[int] | None = None) -> int:

@@ -16,6 +16,7 @@ from hfvram.memory.exact.caches import caches, grow
 from hfvram.memory.exact.data_dependent import legible
 from hfvram.memory.exact.inputs import MEDIA, decoding, inputs, tensors
 from hfvram.memory.exact.run import Run
+from hfvram.memory.packed_cache import AWAY
 from hfvram.request import Request
 
 FEW = 8
@@ -125,8 +126,11 @@ def note_cache(run: Run, cache: Any) -> None:
     """Count the cache as it is now, and say of its tensors what they are."""
     held = list(reachable(cache))
     run.tracker.retag(held, "cache", "keys, values and states")
-    here = (t for t in held if t.device.type == run.tracker.device)  # not what is offloaded
-    run.timeline.cache_bytes = sum(t.untyped_storage().nbytes() for t in here)
+    here = sum(t.untyped_storage().nbytes() for t in held if t.device.type == run.tracker.device)
+    away = sum(t.nbytes for t in held if t.device.type != run.tracker.device and t.dim() == 4)  # its storage is none
+    run.timeline.cache_bytes = here + away
+    run.timeline.elsewhere = [x for x in run.timeline.elsewhere if x[1] is not AWAY]
+    run.timeline.elsewhere += [("cpu", AWAY, away)] if away else []
 
 
 def reachable(root: Any) -> Iterator[Any]:
