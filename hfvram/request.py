@@ -7,12 +7,20 @@ from typing import Any, get_args, get_type_hints
 from hfvram.errors import HfvramError, printable
 from hfvram.units import parse_bytes, parse_tokens
 
+GGUF_QUANTS = (
+    *("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0"),
+    *("IQ4_NL", "IQ4_XS", "Q3_K_L", "Q3_K_M", "Q3_K_S", "IQ3_M", "IQ3_S", "IQ3_XS", "IQ3_XXS", "Q2_K", "Q2_K_S"),
+    *("IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S", "TQ2_0", "TQ1_0", "MXFP4_MOE"),
+)
+"""Mixtures of `llama-quantize`."""
+GGUF_CACHES = ("f32", "f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+"""Types of llama.cpp's `--cache-type-k`, beside bf16."""
 CHOICES: dict[str, tuple[str, ...]] = {
     "mode": ("inference", "train", "lora", "qlora"),
     "phase": ("generate", "prefill", "encode"),
     "dtype": ("auto", "fp32", "bf16", "fp16"),
-    "quant": ("auto", "none", "nf4", "fp4", "int8", "fp8", "mxfp4", "gptq-4", "awq-4"),
-    "kv_dtype": ("auto", "fp16", "bf16", "fp8", "int8", "int4"),
+    "quant": ("auto", "none", "nf4", "fp4", "int8", "fp8", "mxfp4", "gptq-4", "awq-4", *GGUF_QUANTS),
+    "kv_dtype": ("auto", "fp16", "bf16", "fp8", "int8", "int4", *GGUF_CACHES),
     "cache": ("dynamic", "static", "offloaded", "quantized", "paged"),
     "attention": ("sdpa", "flash_attention_2", "eager"),
     "kernels": ("fused", "fallback"),
@@ -87,6 +95,11 @@ class Request:
     max_num_batched_tokens: int | None = None
     enforce_eager: bool = False
     mem_fraction_static: float | None = None
+    n_gpu_layers: int | None = None
+    n_cpu_moe: int | None = None
+    override_tensor: str | None = None
+    swa_full: bool = False
+    mmproj: bool = False
     engine_args: str | None = None
     requests: str | None = None
     draft: str | None = None
@@ -126,6 +139,9 @@ class Request:
             raise HfvramError(
                 "usage", f"--resident-experts {self.resident_experts} is out of range: a whole number from 0"
             )
+        for name in ("n_gpu_layers", "n_cpu_moe"):
+            if (count := getattr(self, name)) is not None and not 0 <= count <= 10**6:
+                raise HfvramError("usage", f"{_flag(name)} {count} is out of range: a whole number from 0")
         if self.cpu_memory is not None and not parse_bytes(self.cpu_memory):
             raise HfvramError("usage", f"--cpu-memory {printable(self.cpu_memory, 40)} is not a size such as 64GB")
         if not 0 <= self.lora_dropout < 1:
@@ -205,7 +221,7 @@ def _converted(name: str, value: Any) -> Any:
         if isinstance(value, str) and (number := _float(value)) is not None:
             return number
     elif isinstance(value, str):
-        return value
+        return value.upper() if name == "quant" and value.upper() in GGUF_QUANTS else value
     wants = {bool: "true or false", int: "a whole number", float: "a number"}
     want = next((words for kind, words in wants.items() if kind in types), "text")
     raise HfvramError("usage", f"{_flag(name)} {printable(repr(value), 60)} is not {want}")

@@ -37,6 +37,43 @@ from hfvram.read.engine_line import parse
             (),
         ),
         ("vllm serve a/b --max-model-len", "a/b", {"engine": "vllm", "ctx": ""}, ()),
+        (
+            "./build/bin/llama-server -m models/x-Q4_K_M.gguf -c 8192 -ngl 99 -ub 1024 -fa on --port 8080 -t 8",
+            "models/x-Q4_K_M.gguf",
+            {
+                "engine": "llama.cpp",
+                "ctx": "8192",
+                "n_gpu_layers": "99",
+                "max_num_batched_tokens": "1024",
+                "max_num_seqs": 4,
+            },
+            (),
+        ),
+        (
+            "llama-server -hf a/b:Q8_0 --ctx-size 32768 -np 4 --n-gpu-layers -1 -ctk q8_0 -ctv q8_0 -ot exps=CPU -nkvo",
+            "a/b",
+            {
+                "engine": "llama.cpp",
+                "file": "Q8_0",
+                "ctx": 8192,
+                "batch": 4,
+                "kv_dtype": "q8_0",
+                "override_tensor": "exps=CPU",
+            },
+            ("-nkvo",),
+        ),
+        (
+            "llama-cli -m x.gguf --n-cpu-moe 12 -ctk q8_0 -fa off",
+            "x.gguf",
+            {"engine": "llama.cpp", "n_cpu_moe": "12", "kv_dtype": "q8_0", "attention": "eager"},
+            (),
+        ),
+        (
+            "llama-server -m x.gguf -np 8 -kvu --swa-full -cmoe -ctv q4_0",
+            "x.gguf",
+            {"engine": "llama.cpp", "max_num_seqs": 8, "swa_full": True, "n_cpu_moe": 10**6},
+            ("-ctv q4_0 beside -ctk f16: keys and values are answered alike",),
+        ),
     ],
 )
 def test_lines(line: str, model: str, options: dict[str, object], unknown: tuple[str, ...]) -> None:

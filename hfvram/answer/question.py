@@ -4,7 +4,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 
 from hfvram import __version__
-from hfvram.answer import caches, guide, pipeline, placing, serving, serving_options
+from hfvram.answer import caches, guide, llama_cpp, llama_options, pipeline, placing, serving, serving_options
 from hfvram.answer.estimate import Estimate, Fit, Interval, Rank, Recommended
 from hfvram.answer.facts import facts, guide_items
 from hfvram.answer.fit import judge
@@ -20,6 +20,7 @@ from hfvram.memory.device import device_bytes, kernels_bytes
 from hfvram.memory.formula import Share, mask_bytes
 from hfvram.memory.mesh import mesh_of
 from hfvram.model.bound import bound, by_its_code, can_run
+from hfvram.model.gguf import identify_gguf
 from hfvram.model.identify import Model, identify, identify_components, needs_headers
 from hfvram.model.infer import infer
 from hfvram.model.layers import Mamba1, Mamba2
@@ -54,11 +55,21 @@ class Session:
         file: str | None = None,
     ) -> Estimate:
         """What `request` takes of one GPU. Raises `HfvramError` of every kind of SPEC's table."""
+        asked = request.method
         request, notes, without = settled(request)
+        if request.engine == "transformers" and llama_options.means_llama(model, request):
+            request, without = request.with_(engine=llama_options.ENGINE, method=asked), False
+            notes.append("answered for llama.cpp (--engine llama.cpp): nothing else runs what is asked for")
         serving_options.check(request)
         if request.engine not in serving_options.ENGINES:
             check(request)
         known = self._read(model, request, revision, token, offline, file)
+        if known.checkpoint.gguf is not None and request.engine != llama_options.ENGINE:
+            if request.engine != "transformers":
+                raise HfvramError("usage", f"{known.checkpoint.id} is a GGUF file: valid is --engine llama.cpp")
+            request, without = request.with_(engine=llama_options.ENGINE, method=asked), False
+            notes.append("GGUF files are answered for llama.cpp (--engine llama.cpp)")
+            serving_options.check(request)
         if request.draft:
             known = replace(known, draft=self._read(request.draft, request, None, token, offline, None))
         found = answer(known, request)
@@ -125,6 +136,8 @@ def understand(checkpoint: Checkpoint, request: Request, token: str | None = Non
     """The model of a checkpoint; what is unknown about it is bounded where the request allows that."""
     if checkpoint.components:
         return identify_components(checkpoint)
+    if checkpoint.gguf is not None:
+        return identify_gguf(checkpoint)
     try:
         architecture = infer(checkpoint.config, generation=checkpoint.generation_config)
     except HfvramError as error:
@@ -148,7 +161,10 @@ def answer(model: Model, asked: Request) -> Estimate:
     served = asked.engine in serving_options.ENGINES
     if gpu and not asked.compute_capability and not served:
         asked = asked.with_(compute_capability=gpu.capability)
-    found = serving.estimate(model, asked, gpu) if served else estimate_of(model, asked)
+    if asked.engine == llama_options.ENGINE:
+        found = llama_cpp.estimate(model, asked, gpu)
+    else:
+        found = serving.estimate(model, asked, gpu) if served else estimate_of(model, asked)
     notes: list[str] = []
     if asked.recommend and not served:
         recommended = (Recommended(gpu=g.name, capacity_bytes=g.memory_bytes) for g in recommend(found.device_bytes))

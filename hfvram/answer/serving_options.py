@@ -2,6 +2,7 @@
 
 from typing import Any, Final
 
+from hfvram.answer import llama_options
 from hfvram.answer.gpus import Gpu
 from hfvram.answer.quantization import AS_IF
 from hfvram.answer.resolve import DEFAULT_CTX
@@ -20,11 +21,17 @@ from hfvram.model.packing import is_known
 from hfvram.read import engine_line
 from hfvram.request import CHOICES, Request, lengths
 
-ENGINES: Final = ("vllm", "sglang")
+ENGINES: Final = ("vllm", "sglang", "llama.cpp")
 NAMES: Final = {"vllm": "vLLM", "sglang": "SGLang"}
 PLANS: Final = {"vllm": vllm.plan, "sglang": sglang.plan}
-OWN: Final = {"vllm": ("gpu_memory_utilization",), "sglang": ("mem_fraction_static",)}
-SHARED: Final = ("max_num_seqs", "max_num_batched_tokens", "enforce_eager", "requests", "engine_args", "draft")
+SHARED: Final = ("max_num_seqs", "max_num_batched_tokens", "engine_args")
+POOLED: Final = (*SHARED, "enforce_eager", "requests", "draft")
+OWN: Final = {
+    "vllm": (*POOLED, "gpu_memory_utilization"),
+    "sglang": (*POOLED, "mem_fraction_static"),
+    "llama.cpp": (*SHARED, *llama_options.OWN),
+}
+"""The options of serving engines that each takes."""
 NO_USE: Final = (
     *("padding", "cache", "attention", "kernels", "ep", "cp", "sp", "zero", "fsdp", "offload"),
     "expandable_segments",
@@ -37,17 +44,18 @@ CACHE_BYTES: Final = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 
 def check(request: Request) -> None:
     """Raises `usage` for what a serving engine can't do, and for its options without it."""
-    own = OWN.get(request.engine, ())
-    for name in (*SHARED, *(n for names in OWN.values() for n in names)):
-        if getattr(request, name) not in (None, False) and (
-            request.engine not in ENGINES or name not in (*own, *SHARED)
-        ):
-            owners = [e for e in ENGINES if name in (*OWN[e], *SHARED)]
+    for name in dict.fromkeys(n for names in OWN.values() for n in names):
+        if getattr(request, name) not in (None, False) and name not in OWN.get(request.engine, ()):
+            owners = [e for e in ENGINES if name in OWN[e]]
             raise HfvramError("usage", f"--{name.replace('_', '-')} goes with --engine {' or '.join(owners)}")
     if request.engine not in ENGINES:
         return
     default = Request()
+    if request.engine == llama_options.ENGINE:
+        llama_options.check(request)
     for name in NO_USE:
+        if name == "attention" and request.engine == llama_options.ENGINE:
+            continue
         if getattr(request, name) != getattr(default, name):
             flag = f"--{name.replace('_', '-')}"
             raise HfvramError("usage", f"{flag} is not supported with --engine {request.engine}")

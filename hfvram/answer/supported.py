@@ -9,7 +9,7 @@ from hfvram.request import Request
 
 SUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
     "mode": ("inference", "train", "lora", "qlora"),
-    "engine": ("transformers", "vllm", "sglang"),
+    "engine": ("transformers", "vllm", "sglang", "llama.cpp"),
     "method": ("auto", "formula", "simulate", "guide"),
     "cache": ("dynamic", "static", "offloaded", "quantized"),
     "pp": (1,),

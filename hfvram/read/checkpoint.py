@@ -48,7 +48,7 @@ class Checkpoint:
     gguf: Mapping[str, Any] | None = None
     """Metadata of a GGUF file, which has no `config`."""
     projector: tuple[StoredTensor, ...] = ()
-    """Tensors of the GGUF file that holds towers for images or sound, where it is asked for."""
+    """Tensors of the GGUF file beside it that holds towers for images or sound."""
     path: str | None = None
     """Folder to build the model from with its own code, only where the user trusts it."""
     warnings: tuple[str, ...] = ()

@@ -1,6 +1,7 @@
-"""A line that starts a serving engine, understood: `vllm serve MODEL …`, `python -m sglang.launch_server …`.
+"""A line that starts a serving engine, understood: `vllm serve MODEL …`, `python -m sglang.launch_server …`,
+`llama-server -m FILE …`.
 
-Source: vLLM 0.19.0, engine/arg_utils.py; SGLang 0.5.23, server_args.py.
+Source: vLLM 0.19.0, engine/arg_utils.py; SGLang 0.5.23, server_args.py; llama.cpp b10635, common/arg.cpp.
 """
 
 import shlex
@@ -37,10 +38,29 @@ SGLANG = {
     "disable-cuda-graph": ("enforce_eager", True), "dtype": ("dtype", DTYPES),
     "kv-cache-dtype": ("kv_dtype", CACHE_DTYPES), "quantization": ("quant", QUANTS),
 }  # fmt: skip
+GGUF_CACHE = {t: t for t in ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")}
+ALL_LAYERS = {"all": None, "auto": None, "-1": None}
+"""Words of `--n-gpu-layers` for all of them; else a number."""
+LLAMA = {
+    "model": ("model", None), "m": ("model", None), "hf-repo": ("model", None), "hf": ("model", None),
+    "hfr": ("model", None), "hf-file": ("file", None), "hff": ("file", None), "ctx-size": ("ctx", None),
+    "c": ("ctx", None), "n-gpu-layers": ("n_gpu_layers", None), "gpu-layers": ("n_gpu_layers", None),
+    "ngl": ("n_gpu_layers", None), "n-cpu-moe": ("n_cpu_moe", None), "ncmoe": ("n_cpu_moe", None),
+    "cpu-moe": ("cpu_moe", True), "cmoe": ("cpu_moe", True), "override-tensor": ("override_tensor", None),
+    "ot": ("override_tensor", None), "cache-type-k": ("kv_dtype", GGUF_CACHE), "ctk": ("kv_dtype", GGUF_CACHE),
+    "cache-type-v": ("values", GGUF_CACHE), "ctv": ("values", GGUF_CACHE), "parallel": ("slots", None),
+    "np": ("slots", None), "ubatch-size": ("max_num_batched_tokens", None), "ub": ("max_num_batched_tokens", None),
+    "swa-full": ("swa_full", True), "kv-unified": ("unified", True), "kvu": ("unified", True),
+    "flash-attn": ("flash", None), "fa": ("flash", None),
+}  # fmt: skip
+PROGRAMS = ("llama-server", "llama-cli", "llama-run", "llama-bench", "llama-completion")
+FLAGS: Mapping[str, Mapping[str, tuple[str, Any]]] = {"vllm": VLLM, "sglang": SGLANG, "llama.cpp": LLAMA}
 NO_MATTER = frozenset({
     "host", "port", "api-key", "served-model-name", "tokenizer", "tokenizer-path", "chat-template", "seed",
     "random-seed", "uvicorn-log-level", "log-level", "download-dir", "trust-remote-code", "disable-log-requests",
     "disable-log-stats", "enable-auto-tool-choice", "tool-call-parser", "reasoning-parser", "enable-metrics",
+    "threads", "t", "tb", "threads-batch", "batch-size", "b", "temp", "top-k", "top-p", "min-p", "jinja", "no-mmap",
+    "mlock", "alias", "a", "p", "prompt", "n", "n-predict", "no-webui", "metrics", "cont-batching", "cb", "no-warmup",
 })  # fmt: skip
 """Flags that take no memory."""
 
@@ -65,7 +85,7 @@ def parse(line: str) -> EngineLine:
     except ValueError as error:
         raise HfvramError("usage", f"--engine-args is no command line: {error}") from None
     engine, rest = _program(words)
-    flags = VLLM if engine == "vllm" else SGLANG
+    flags: Mapping[str, tuple[str, Any]] = FLAGS[engine]
     model: str | None = None
     options: dict[str, Any] = {"engine": engine}
     unknown: list[str] = []
@@ -84,7 +104,7 @@ def parse(line: str) -> EngineLine:
             options[known] = True
             continue
         if not joined:
-            value = rest.pop(0) if rest and not rest[0].startswith("-") else ""
+            value = rest.pop(0) if rest and (not rest[0].startswith("-") or rest[0] == "-1") else ""
         if not known:
             if name not in NO_MATTER:
                 unknown.append(f"{word} {value}".strip() if not joined else word)
@@ -94,7 +114,39 @@ def parse(line: str) -> EngineLine:
             model = value
         else:
             options[known] = words_of[value] if words_of else value
+    if engine == "llama.cpp":
+        model = _llama(model, options, unknown, server=any("llama-server" in w for w in words))
     return EngineLine(model, options, tuple(printable(u, 80) for u in unknown))
+
+
+def _llama(model: str | None, options: dict[str, Any], unknown: list[str], server: bool) -> str | None:
+    """What of llama.cpp's line has no word of hfvram's own; the model, where `-hf` names a quantization with it.
+
+    `-c` is shared by `-np` sequences; without `-np`, llama-server makes four that share one cache.
+    """
+    if options.get("n_gpu_layers") in ALL_LAYERS:
+        options.pop("n_gpu_layers")
+    if options.pop("cpu_moe", False):
+        options["n_cpu_moe"] = 10**6
+    if (values := options.pop("values", None)) and values != options.get("kv_dtype", "f16"):
+        unknown.append(
+            f"-ctv {values} beside -ctk {options.get('kv_dtype', 'f16')}: keys and values are answered alike"
+        )
+    if options.pop("flash", None) in ("off", "0"):
+        options["attention"] = "eager"
+    slots, unified = str(options.pop("slots", "")), options.pop("unified", False)
+    if not slots.isdigit():
+        if server:
+            options["max_num_seqs"] = 4
+    elif unified:
+        options["max_num_seqs"] = int(slots)
+    elif int(slots) > 1:
+        options["batch"] = int(slots)
+        if str(ctx := options.get("ctx", "")).isdigit():
+            options["ctx"] = int(ctx) // int(slots)
+    if model and not model.endswith(".gguf") and ":" in model.rpartition("/")[2]:
+        model, _, options["file"] = model.rpartition(":")
+    return model
 
 
 def _program(words: list[str]) -> tuple[str, list[str]]:
@@ -106,6 +158,8 @@ def _program(words: list[str]) -> tuple[str, list[str]]:
             return "vllm", words[i + 1 :]
         if word.startswith("sglang.launch_server"):
             return "sglang", words[i + 1 :]
+        if word.rpartition("/")[2] in PROGRAMS:
+            return "llama.cpp", words[i + 1 :]
         if word == "sglang":
             return "sglang", words[i + 1 + (words[i + 1 : i + 2] == ["serve"]) :]
     raise HfvramError("usage", "--engine-args: a line such as 'vllm serve ORG/NAME --max-model-len 8192' is understood")

@@ -94,7 +94,10 @@ def _ask(ctx: click.Context, /, models: tuple[str, ...], **values: Any) -> int:
     if not models and isinstance(line := given.get("engine_args"), str):
         from hfvram.read.engine_line import parse
 
-        models = tuple(filter(None, (parse(line).model,)))
+        started = parse(line)
+        models = tuple(filter(None, (started.model,)))
+        if "file" in started.options:
+            given.setdefault("file", started.options["file"])
     if not models:
         raise HfvramError("usage", "which model? As in: hfvram mistralai/Mixtral-8x7B --mode inference --ctx 8192")
     for word in (models[0], *(m for m in models if m in COMMANDS)):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from hfvram.answer.estimate import Estimate
 from hfvram.errors import printable
 from hfvram.show.layout import size
-from hfvram.show.text import PLACES, asked, place_rows, placed, pool, process, rank_rows, shape
+from hfvram.show.text import PLACES, asked, place_rows, placed, process, rank_rows, served, shape
 from hfvram.units import short_count
 
 
@@ -26,8 +26,7 @@ def markdown(estimate: Estimate) -> str:
         *((place, size(count), process(e)) for place, count in placed(e)),
         ("rule of thumb", size(e.guide.bytes), e.guide.formula),
     ]
-    if e.serving:
-        sums[-2:-2] = pool(e.serving, e.request.ctx or 1)
+    sums[-2:-2] = served(e)
     parts = [
         f"## {cell(m.id)}",
         f"{cell(m.architecture)}: {', '.join(facts)}.\n\nMemory for {', '.join(asked(e))}:",

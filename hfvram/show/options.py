@@ -11,7 +11,7 @@ GRID = ("ctx", "batch", "quant", "gpus", "gpu", "kv_dtype")
 """Options that take a comma list: each value is a request of its own."""
 
 LATER = (
-    "n_gpu_layers", "n_cpu_moe", "override_tensor", "plot",
+    "plot",
 )  # fmt: skip
 """Options that a later version answers; until then they are refused, never ignored."""
 
@@ -86,9 +86,11 @@ GROUPS = (
         ("--max-num-batched-tokens", "N", "vLLM: tokens a step (2048, 8192); SGLang: --chunked-prefill-size"),
         ("--enforce-eager", "", "no CUDA graphs"),
         ("--mem-fraction-static", "F", "SGLang: share of the GPU for weights and cache (by the GPU's size)"),
-        ("--n-gpu-layers", "N", "llama.cpp"),
-        ("--n-cpu-moe", "N", "llama.cpp"),
-        ("--override-tensor", "SPEC", "llama.cpp"),
+        ("--n-gpu-layers", "N", "llama.cpp: layers on the GPU, the output layer as one (all)"),
+        ("--n-cpu-moe", "N", "llama.cpp: of the first N layers the experts stay in CPU memory"),
+        ("--override-tensor", "SPEC", "llama.cpp: REGEX=CPU, tensors that stay in CPU memory; several with commas"),
+        ("--swa-full", "", "llama.cpp: caches of layers with a window as long as the others"),
+        ("--mmproj", "", "llama.cpp: the repo's projector of images or sound on the GPU, too"),
         ("--engine-args", "LINE", "the line that starts the engine: \"vllm serve …\"; other options win over it"),
         ("--requests", "LIST", "concurrent requests, count × tokens: 512x2048,16x32768"),
         ("--draft", "MODEL", "vLLM, SGLang: the model that speculates"),

@@ -133,14 +133,23 @@ def totals(e: Estimate, width: int, paint: Paint) -> list[str]:
     low, high = size(e.interval.low_bytes), size(e.interval.high_bytes)
     rows = [
         *((name, size(count), "") for name, count in whole.items() if count),
-        ("peak allocated", size(e.peak_allocated_bytes), "in live blocks"),
-        ("peak reserved", size(e.peak_reserved_bytes), "held by PyTorch's caching allocator"),
+        *((name, size(count), note) for name, count, note in peaks(e)),
         ("on the device", size(e.device_bytes), f"with context and kernels; {low} to {high}: {e.interval.basis}"),
         ("rule of thumb", size(e.guide.bytes), e.guide.formula),
     ]
-    if e.serving:
-        rows[-2:-2] = [(name, figure, note) for name, figure, note in pool(e.serving, e.request.ctx or 1)]
+    rows[-2:-2] = served(e)
     return [_painted(line, {"on the device": "bold"}, paint) for line in columns(rows, width, "<><")]
+
+
+def peaks(e: Estimate) -> list[tuple[str, int, str]]:
+    """Allocated and reserved memory; llama.cpp allocates its buffers once and reserves no more."""
+    if e.request.engine == "llama.cpp":
+        return [("allocated", e.peak_allocated_bytes, "in llama.cpp's buffers, from the start")]
+    reserved = "held by PyTorch's caching allocator"
+    return [
+        ("peak allocated", e.peak_allocated_bytes, "in live blocks"),
+        ("peak reserved", e.peak_reserved_bytes, reserved),
+    ]
 
 
 def ranks(e: Estimate, width: int) -> list[str]:
@@ -173,6 +182,13 @@ def rank_rows(e: Estimate) -> list[tuple[str, ...]]:
     return rows
 
 
+def served(e: Estimate) -> list[tuple[str, str, str]]:
+    """What a serving engine's cache is in rows."""
+    if e.serving is None:
+        return []
+    return cells(e.serving) if e.request.engine == "llama.cpp" else pool(e.serving, e.request.ctx or 1)
+
+
 def pool(s: Serving, ctx: int) -> list[tuple[str, str, str]]:
     """A serving engine's pool in rows: its bytes and tokens, what a token takes, how many requests it holds."""
     rows = [("cache a token", f"{s.kv_bytes_per_token:,} B", "as the engine counts its pool's tokens")]
@@ -186,6 +202,18 @@ def pool(s: Serving, ctx: int) -> list[tuple[str, str, str]]:
         rows.append(("pool", size(s.kv_pool_bytes), tokens))
     if s.max_concurrency is not None:
         rows.append(("concurrency", f"{s.max_concurrency:,.2f}", f"requests of {ctx:,} tokens at once"))
+    return rows
+
+
+def cells(s: Serving) -> list[tuple[str, str, str]]:
+    """llama.cpp's caches in rows: a token's bytes in layers that see all or have a window, a sequence's state."""
+    rows = []
+    if s.kv_bytes_per_token:
+        rows.append(("cache a token", f"{s.kv_bytes_per_token:,} B", f"{s.kv_tokens or 0:,} cells"))
+    if s.sliding_bytes and s.block_bytes:
+        rows.append(("within a window", f"{s.sliding_bytes:,} B", "a token more in the layers that have one"))
+    if s.state_bytes:
+        rows.append(("state a sequence", size(s.state_bytes), f"{s.state_slots or 0:,} of them"))
     return rows
 
 
@@ -234,7 +262,7 @@ def judged(e: Estimate) -> list[str]:
         return []
     room = f"{size(abs(f.headroom_bytes))} {'to spare' if f.fits else 'too much'}"
     taken = f"{size(e.device_bytes)} of {size(f.capacity_bytes)}"
-    if e.serving:
+    if e.serving and e.serving.kv_pool_bytes is not None:
         taken = f"the requests take {size(e.cache_bytes)} of a pool of {size(e.serving.kv_pool_bytes or 0)}"
     if e.placement and e.cpu_bytes + e.disk_bytes and f.headroom_bytes < f.capacity_bytes - e.device_bytes:
         room = f"and {size(-f.headroom_bytes)} of weights have no room on the GPUs"
