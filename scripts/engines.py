@@ -52,7 +52,6 @@ KNOWN: dict[str, tuple[float, str]] = {
     "dbrx": (3, "its experts' own code, one expert after the other"),
     "deberta": (18, "its disentangled attention is counted too low by formula"),
     "deepseek_v4": (75, "experts in fp4 count as fp8 by formula where only a configuration is known"),
-    "gptj": (3, "its rotary positions are counted too low by formula"),
     "kimi_k25": (69, "the simulation builds its int4 experts in bf16"),
     "mt5": (11, "its gated feed-forward without attention kernels is counted too high by formula"),
 }
@@ -108,6 +107,8 @@ def cut(config: dict[str, Any]) -> dict[str, Any]:
             value = cut(value)
         elif isinstance(value, list) and depth and len(value) == depth:
             value = value[:DEPTH]
+        elif key == "attention_types":  # GPT-Neo's: [[["global", "local"], 12]]
+            value = [[kinds, DEPTH // len(kinds)] for kinds, _ in value[:1]]
         elif type(value) is int and value > DEPTH and key.endswith(("layers", "layer", "depth")) and "first" not in key:
             value = DEPTH
         out[key] = value

@@ -4,6 +4,7 @@ b sequences of s new tokens that attend to t, a heads of size d, a_kv KV heads, 
 """
 
 from dataclasses import replace
+from typing import NamedTuple
 
 from hfvram.memory.blocks import HIDDEN, normalize, project, rotate, split_project
 from hfvram.memory.forward import Forward
@@ -53,7 +54,11 @@ def attention(t: Timeline, f: Forward, part: Attention, cache: list[int]) -> tup
     joined = False
     if part.rotary and part.rotary.sliced:
         size = part.rotary.dim * f.bytes(1)
+        if part.fused_qkv:  # CodeGen's projection lies in an order of its own: queries and keys are copies of its parts
+            sliced, value = value, []
+            query, key = [t.alloc(q_bytes, QUERY)], [t.alloc(k_bytes, KEY_VALUE)]
         sliced = [
+            *sliced,
             *query,
             *key,
             rotate(t, size * part.heads, size * part.heads, QUERY),
@@ -79,7 +84,9 @@ def attention(t: Timeline, f: Forward, part: Attention, cache: list[int]) -> tup
     computed = []
     if part.relative_bias in ("first", "own") and f.tokens > 1:
         computed = [_relative_bias(t, f, part)]
-    out, kept = kernel(t, f, part, joined)
+    if part.flattened and f.batch > 1:
+        sliced = [*sliced, t.alloc(q_bytes, QUERY)]
+    out, kept, named = kernel(t, f, part, joined)
     if part.relative_bias == "first":
         cache += computed
         computed = []
@@ -92,7 +99,11 @@ def attention(t: Timeline, f: Forward, part: Attention, cache: list[int]) -> tup
         t.free(*inputs)
         inputs = []
     projected = split_project(t, f, part.params, part.heads * part.value_dim, part.hidden_size, HIDDEN, "rows")
-    t.free(out, *inputs)
+    if part.flattened:
+        total = t.alloc(f.bytes(part.hidden_size), HIDDEN)
+        t.free(out, *inputs, *named, projected)
+        return total, kept
+    t.free(out, *inputs, *named)
     return projected, kept
 
 
@@ -173,13 +184,20 @@ def stored_tokens(part: Attention, past: int, new: int) -> int:
     return min(past, part.window - 1) + new
 
 
-def kernel(t: Timeline, f: Forward, part: Attention, joined: bool, masked: bool = False) -> tuple[int, int | None]:
+class Attended(NamedTuple):
+    """Handles of the output, of eager attention's weights, and of the scores that its code holds to its end."""
+
+    out: int
+    weights: int | None = None
+    named: tuple[int, ...] = ()
+
+
+def kernel(t: Timeline, f: Forward, part: Attention, joined: bool, masked: bool = False) -> Attended:
     """The attention itself, with what its kernel needs beside its inputs.
 
     PyTorch takes cuDNN (half precision, no mask, d ≤ 128, on Hopper and the large Blackwell), flash (d ≤ 256, from
     Ampere on), memory-efficient (a mask, or fp32) or the math path (fp32 with grouped queries; before Ampere those in
     half precision and all of bf16); a mask makes transformers repeat the keys and values.
-    Returns the output's handle, and the weights' for eager attention.
     """
     attended = f.static_length if f.static_length and f.past else stored_tokens(part, f.past, f.tokens)
     masked = masked or needs_mask(f, part)
@@ -190,11 +208,11 @@ def kernel(t: Timeline, f: Forward, part: Attention, joined: bool, masked: bool 
     square = f.batch * part.heads * f.tokens * attended
     if implementation(f, part) == "eager":
         copies = [t.alloc(n, REPEATED) for n in repeated] if grouped else []
-        weights, held = eager_weights(t, f, part, square)
+        scored = eager_weights(t, f, part, square)
         heads_first = t.alloc(out_bytes, OUT)
         out = t.alloc(out_bytes, OUT)
-        t.free(heads_first, *copies, *held)
-        return out, weights
+        t.free(heads_first, *copies, *scored.beside)
+        return Attended(out, scored.weights, scored.named)
     same_size = part.head_dim == part.value_dim <= 256
     native_groups = grouped and not masked and same_size
     broadcast = part.groups == "broadcast"
@@ -215,7 +233,7 @@ def kernel(t: Timeline, f: Forward, part: Attention, joined: bool, masked: bool 
             t.free(out)
             out = contiguous
     t.free(*copies)
-    return out, None
+    return Attended(out)
 
 
 def implementation(f: Forward, part: Attention) -> str:

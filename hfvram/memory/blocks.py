@@ -108,12 +108,23 @@ def rotate(t: Timeline, nbytes: int, rotated: int, tag: Tag) -> int:
 
 def activate(t: Timeline, nbytes: int, name: str) -> int:
     """An activation function; those written in Python hold more than their output."""
-    if name in ("gelu_new", "gelu_fast", "gelu_python", "gelu_bloom"):
+    if name == "gelu_bloom":
+        halved, slope, scaled = (t.alloc(nbytes, ACTIVATION) for _ in range(3))
+        for _ in range(2):  # the square, and one more than it
+            scaled = _then(t, scaled)
+        inner = t.alloc(nbytes, ACTIVATION)
+        t.free(slope, scaled)
+        for _ in range(2):  # tanh, and one more than it
+            inner = _then(t, inner)
+        out = t.alloc(nbytes, ACTIVATION)
+        t.free(halved, inner)
+        return out
+    if name in ("gelu_new", "gelu_fast", "gelu_python"):
         halved = t.alloc(nbytes, ACTIVATION)
-        slope = [t.alloc(nbytes, ACTIVATION)] if name in ("gelu_fast", "gelu_bloom") else []
+        slopes = [t.alloc(nbytes, ACTIVATION)] if name == "gelu_fast" else []
         cube = t.alloc(nbytes, ACTIVATION)
         scaled = t.alloc(nbytes, ACTIVATION)
-        t.free(cube, *slope)
+        t.free(cube, *slopes)
         inner = t.alloc(nbytes, ACTIVATION)
         t.free(scaled)
         out = t.alloc(nbytes, ACTIVATION)
@@ -125,3 +136,10 @@ def activate(t: Timeline, nbytes: int, name: str) -> int:
         t.free(first)
         return out
     return t.alloc(nbytes, ACTIVATION)
+
+
+def _then(t: Timeline, old: int) -> int:
+    """A tensor of the same size computed from another, which nothing holds after it."""
+    new = t.alloc(t.sizes[old], t.tags[old])
+    t.free(old)
+    return new

@@ -65,7 +65,7 @@ def compressed_attention(t: Timeline, f: Forward, part: CompressedAttention, cac
     # One head for all is a view of itself, but of several sequences the product needs a copy for each head.
     if f.batch > 1:
         t.moment(ALL_KEYS, f.batch * attended * part.heads * part.head_dim * f.element_bytes)
-    weights, beside = eager_weights(t, f, window(part), f.batch * part.heads * f.tokens * attended)
+    weights, beside, _ = eager_weights(t, f, window(part), f.batch * part.heads * f.tokens * attended)
     heads_first = t.alloc(queries, OUT)
     out = t.alloc(queries, OUT)
     t.free(heads_first, *beside)

@@ -61,6 +61,10 @@ def dense(
         product = activate(t, nbytes, part.activation)
         t.free(up)
     out = split_project(t, f, part.params, width, hidden, HIDDEN, "rows")
+    if isinstance(part, FeedForward) and part.adds_residual:
+        total = t.alloc(f.bytes(hidden), HIDDEN)
+        t.free(product, out)
+        return total
     t.free(product)
     return out
 

@@ -21,7 +21,15 @@ from hfvram.memory.streams import STREAMS, collapse, streams_layer
 from hfvram.memory.timeline import Tag, Timeline
 from hfvram.memory.workspaces import workspaces
 from hfvram.model.architecture import Architecture, Stack
-from hfvram.model.layers import Attention, CompressedAttention, FeedForward, LatentAttention, Layer, MixtureOfExperts
+from hfvram.model.layers import (
+    Attention,
+    CompressedAttention,
+    FeedForward,
+    LatentAttention,
+    Layer,
+    Mixer,
+    MixtureOfExperts,
+)
 
 GENERATE = "transformers 5.17: generation/utils.py"
 IDS = Tag("token ids, mask and positions", "inputs", "b·s·8", GENERATE)
@@ -40,6 +48,7 @@ def generate(t: Timeline, architecture: Architecture, f: Forward, new_tokens: in
     f = replace(f, use_cache=architecture.generates_cache)
     caches = prefill(t, architecture, f)
     if not f.use_cache:
+        t.mark("decode")
         forward(t, architecture, replace(f, tokens=prompt + steps, decoding=steps > 0), caches)
         return
     t.mark("decode")
@@ -109,25 +118,30 @@ def forward(t: Timeline, architecture: Architecture, f: Forward, caches: list[li
     held += [*_angles(t, f, stack.layers), *_masks(t, f, stack.layers)]
     hidden = embedded
     written: dict[int, Pattern | None] = {}
+    returned: list[int] = []
     for layer, cache in zip(stack.layers, caches, strict=True):
         if not f.source and layer.mixers and all(m.kind == "cross_attention" for m in layer.mixers):
             continue  # without an image, Llama 3.2 Vision leaves these layers out
         if f.past and id(layer) in written:
             grow_cache(t, f, layer, cache)
             continue
+        left: list[int] = []
         if known := written.get(id(layer)):
-            out = repeat(t, known, cache)
+            out = repeat(t, known, cache, left)
         else:
             start = len(t.events)
             brought = [*brought_layer(t, f, layer)]
-            out = run_layer(t, f, layer, hidden, cache)
+            out = run_layer(t, f, layer, hidden, cache, left)
             t.free(*brought)
             again = id(layer) in written and not f.past
             known_away = isinstance(cache, LayerCache)  # where each layer fetches the next, none is like another
-            written[id(layer)] = pattern(t, start, cache, out) if again and not known_away else None
+            written[id(layer)] = pattern(t, start, cache, out, left) if again and not known_away else None
+        t.free(*returned)
+        returned = left
         if hidden not in kept:
             t.free(hidden)
         hidden = out
+    held += returned
     if stack.layers and stack.layers[-1].streams > 1 and (not f.stage or f.stage.ends):
         one = collapse(t, f, stack.hidden_size, stack.layers[-1].streams)
         t.free(hidden)
@@ -214,8 +228,11 @@ def _classify(t: Timeline, f: Forward, architecture: Architecture) -> None:
         t.moment(LOGITS, width, f.bytes(vocab))
 
 
-def run_layer(t: Timeline, f: Forward, layer: Layer, hidden: int, cache: list[int]) -> int:
-    """One layer: its output's handle; `hidden`, its input, is the caller's to free."""
+def run_layer(
+    t: Timeline, f: Forward, layer: Layer, hidden: int, cache: list[int], left: list[int] | None = None
+) -> int:
+    """One layer: its output's handle; `hidden`, its input, is the caller's to free, and so is what it adds to `left`:
+    the weights of its attention, where the model holds them on."""
     width = layer_width(layer)
     if is_hybrid(layer):
         return hybrid(t, f, layer, cache)
@@ -223,9 +240,10 @@ def run_layer(t: Timeline, f: Forward, layer: Layer, hidden: int, cache: list[in
         return streams_layer(t, f, layer, width, cache)
     if layer.residual_fp32 and f.half:
         return _fp32_residual(t, f, layer, width, hidden, cache)
+    returned = left if layer.returns_weights and left is not None else None
     if layer.parallel:
-        return _parallel(t, f, layer, width, cache)
-    residual, kept = hidden, []
+        return _parallel(t, f, layer, width, cache, returned)
+    residual, kept = hidden, list[int]()
     for part in (*layer.mixers, layer.feed_forward):
         if part is None:
             continue
@@ -235,7 +253,7 @@ def run_layer(t: Timeline, f: Forward, layer: Layer, hidden: int, cache: list[in
             holds = False
         else:
             out, weights = mix(t, f, part, cache)
-            kept += weights
+            (kept if returned is None else returned).extend(weights)
             holds = layer.keeps is not None
             if layer.keeps == "mixed and normed":
                 kept += normed
@@ -245,16 +263,22 @@ def run_layer(t: Timeline, f: Forward, layer: Layer, hidden: int, cache: list[in
             after = normalize(t, f, width, layer.norm)
             t.free(out)
             out = after
-        total = t.alloc(f.bytes(width), HIDDEN)
-        if holds:
-            kept.append(out)
+        if adds_residual(part):
+            total = out
         else:
-            t.free(out)
+            total = t.alloc(f.bytes(width), HIDDEN)
+            kept += [out] if holds else []
+            t.free(*[] if holds else [out])
         if residual != hidden:
             t.free(residual)
         residual = total
     t.free(*kept)
     return residual
+
+
+def adds_residual(part: Mixer | FeedForward | MixtureOfExperts) -> bool:
+    """Whether a part of a layer adds the residual itself."""
+    return part.adds_residual if isinstance(part, FeedForward) else isinstance(part, Attention) and part.flattened
 
 
 def _fp32_residual(t: Timeline, f: Forward, layer: Layer, width: int, hidden: int, cache: list[int]) -> int:
@@ -270,9 +294,14 @@ def _fp32_residual(t: Timeline, f: Forward, layer: Layer, width: int, hidden: in
     return total
 
 
-def _parallel(t: Timeline, f: Forward, layer: Layer, width: int, cache: list[int]) -> int:
+def _parallel(
+    t: Timeline, f: Forward, layer: Layer, width: int, cache: list[int], returned: list[int] | None = None
+) -> int:
     normed = [normalize(t, f, width, layer.norm) for _ in range(1 + layer.norms_first)]
     mixed, kept = mix(t, f, layer.mixers[0], cache)
+    if returned is not None:
+        returned += kept
+        kept = []
     fed = feed(t, f, layer.feed_forward) if layer.feed_forward else mixed
     both = t.alloc(f.bytes(width), HIDDEN)
     total = t.alloc(f.bytes(width), HIDDEN)
@@ -336,5 +365,10 @@ def _masks(t: Timeline, f: Forward, layers: tuple[Layer, ...]) -> list[int]:
         whole = square * (f.batch if f.masked or f.mask_of_ones or eager else 1)
         if eager:
             t.moment(MASK, whole)
-        masks.append(t.alloc(whole * (f.element_bytes if eager else 1), MASK))
+        additive = t.alloc(whole * f.element_bytes, MASK) if eager else None
+        if additive is None or part.scores == "fp32 bias":  # MPT casts it back to booleans
+            masks.append(t.alloc(whole, MASK))
+            t.free(*[] if additive is None else [additive])
+        else:
+            masks.append(additive)
     return masks

@@ -79,7 +79,7 @@ def latent_attention(t: Timeline, f: Forward, part: LatentAttention, cache: list
         held.append(_index(t, f, part, attended))
     if part.index_top_k:
         held += _sparse_mask(t, f, part, attended)
-    out, kept = kernel(t, f, expanded_attention(part), False, bool(part.index_top_k))
+    out, kept, _ = kernel(t, f, expanded_attention(part), False, bool(part.index_top_k))
     projected = t.alloc(f.bytes(part.hidden_size), HIDDEN)
     t.free(out, *held)
     return projected, kept

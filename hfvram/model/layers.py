@@ -111,9 +111,12 @@ class Attention:
     groups: Literal["gqa", "broadcast", "expanded"] = "gqa"
     """How grouped keys and values reach the kernel: as groups, which it may know; broadcast, which only the math path
     takes (Falcon-7B); or expanded to every head before they are cached (Falcon-40B)."""
-    held_scores: int = 0
-    """Squares of scores still held when eager attention's softmax runs: the previous layer's weights (MPT), and the
-    scores before the mask (BLOOM)."""
+    named_scores: int = 0
+    """Squares of scores that eager attention's code holds to its end, beside the weights: the masked ones (MPT), and
+    those before the mask (BLOOM)."""
+    flattened: bool = False
+    """Written for products of three dimensions, for which the queries of several sequences are copied, and with the
+    residual's sum inside (BLOOM)."""
     cached: bool = True
     """False for encoders, and for layers that read another layer's cache (`num_kv_shared_layers`)."""
     params: tuple[Param, ...]
@@ -289,6 +292,8 @@ class FeedForward:
     """Gate and up are one projection, split after it (Phi-3)."""
     inline: bool = False
     """Written into the layer's own code: its input is let go after the first product (OPT)."""
+    adds_residual: bool = False
+    """The residual is added in its own code, its widest tensor still there (BLOOM, MPT)."""
     params: tuple[Param, ...]
 
 
@@ -355,6 +360,8 @@ class Layer:
     """Attention and feed-forward read the same input and are added together (GPT-J, Phi, Falcon)."""
     keeps: Literal["mixed", "mixed and normed"] | None = None
     """What the layer's code holds through the feed-forward: the mixer's output (GPT-2), and its input (StableLM)."""
+    returns_weights: bool = False
+    """The model holds what a layer returned, eager attention's weights too, until the next one has returned (GPT-J)."""
     norms_first: bool = False
     """A parallel layer's own norm for each part, both before the parts run (Falcon-40B)."""
     streams: int = 1

@@ -56,11 +56,18 @@ def bloom(config: Config, hidden: int) -> Decoder:
         bias=True,
         projections=("query_key_value", "dense"),
         position_bias=True,
-        held_scores=2,
+        named_scores=2,
+        flattened=True,
         **EAGER,
     )
     feed = blocks.mlp("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", hidden, 4 * hidden, "gelu_bloom")
-    block = layer(attention, feed, two_norms("input_layernorm", "post_attention_layernorm", hidden))
+    feed = replace(feed, adds_residual=True)
+    block = layer(
+        attention,
+        feed,
+        two_norms("input_layernorm", "post_attention_layernorm", hidden),
+        returns_weights=True,
+    )
     before = blocks.embedding("word_embeddings", config.size("vocab_size"), hidden) + norm(
         "word_embeddings_layernorm", hidden, True
     )
@@ -102,6 +109,7 @@ def falcon(config: Config, hidden: int) -> Decoder:
         replace(feed, params=_own_linear(feed.params)),
         params,
         parallel=parallel or new,
+        returns_weights=True,
     )
     block = replace(block, norms_first=parallel and norms == 2)
     before = blocks.embedding("word_embeddings", config.size("vocab_size"), hidden)
@@ -122,11 +130,12 @@ def mpt(config: Config, hidden: int) -> Decoder:
         projections=("Wqkv", "out_proj"),
         position_bias=True,
         scores="fp32 bias",
-        held_scores=1,
+        named_scores=1,
         **EAGER,
     )
     feed = blocks.mlp("ffn.up_proj", "ffn.down_proj", hidden, 4 * hidden, "gelu", bias=False)
-    block = layer(attention, feed, two_norms("norm_1", "norm_2", hidden, bias=False), keeps=True)
+    feed = replace(feed, adds_residual=True)
+    block = layer(attention, feed, two_norms("norm_1", "norm_2", hidden, bias=False), keeps=True, returns_weights=True)
     before = blocks.embedding("wte", config.size("vocab_size"), hidden)
     return Decoder((block,) * config.layers("num_hidden_layers"), before, norm("norm_f", hidden), module="blocks")
 

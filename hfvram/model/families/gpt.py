@@ -82,7 +82,12 @@ def inner(config: Config, hidden: int) -> int:
 
 
 def layer(
-    attention: Any, feed: FeedForward, params: tuple[Param, ...], parallel: bool = False, keeps: bool = False
+    attention: Any,
+    feed: FeedForward,
+    params: tuple[Param, ...],
+    parallel: bool = False,
+    keeps: bool = False,
+    returns_weights: bool = False,
 ) -> Layer:
     """A layer with LayerNorms; `keeps` where its code holds the attention's output through the feed-forward."""
     return Layer(
@@ -92,6 +97,7 @@ def layer(
         parallel=parallel,
         params=params,
         keeps="mixed" if keeps else None,
+        returns_weights=returns_weights,
     )
 
 
@@ -148,11 +154,10 @@ def gpt_neo(config: Config, hidden: int) -> Decoder:
         projections=("q_proj", "k_proj", "v_proj", "out_proj"),
         extra=(mask,),
         scores="fp32",
-        held_scores=1,
         **EAGER_OR_FLASH,
     )
     # A local layer hides what lies outside its window by its mask; its cache still holds everything.
-    block = layer(attention, feed, two_norms("ln_1", "ln_2", hidden), keeps=True)
+    block = layer(attention, feed, two_norms("ln_1", "ln_2", hidden), keeps=True, returns_weights=True)
     before = blocks.embedding("wte", config.size("vocab_size"), hidden) + blocks.embedding("wpe", positions, hidden)
     return Decoder((block,) * len(kinds), before, norm("ln_f", hidden, True))
 
@@ -178,7 +183,7 @@ def gptj(config: Config, hidden: int) -> Decoder:
     table = Param("attn.embed_positions", (positions_of(config), rotary_dim), "buffer", "fp32")
     # The whole width is the rotary table's where `rotary_dim` is null, but each head turns its own size.
     turned = Rotary(dim=min(rotary_dim, sizes["head_dim"]), style="interleaved", sliced=True)
-    style: dict[str, Any] = {"rotary": turned, "extra": (table,), "scores": "fp32", "held_scores": 1}
+    style: dict[str, Any] = {"rotary": turned, "extra": (table,), "scores": "fp32"}
     if config.model_type == "gptj":
         attention = blocks.attention(
             "attn",
@@ -194,7 +199,7 @@ def gptj(config: Config, hidden: int) -> Decoder:
     feed = blocks.mlp(
         "mlp.fc_in", "mlp.fc_out", hidden, inner(config, hidden), config.text("activation_function", default="gelu_new")
     )
-    block = layer(attention, feed, norm("ln_1", hidden, True), parallel=True)
+    block = layer(attention, feed, norm("ln_1", hidden, True), parallel=True, returns_weights=True)
     before = blocks.embedding("wte", config.size("vocab_size"), hidden)
     layers = config.layers("num_hidden_layers")
     return Decoder((block,) * layers, before, norm("ln_f", hidden, True), head_bias=True)

@@ -1,0 +1,44 @@
+"""Inference by formula against the models' own code, on small models of types that hold more than their layers need."""
+
+from typing import Any
+
+import pytest
+
+from hfvram.answer.resolve import resolve
+from hfvram.memory import formula
+from hfvram.memory.allocator import replay
+from hfvram.model.infer import infer
+from hfvram.request import Request
+
+BLOOM = {"model_type": "bloom", "hidden_size": 256, "n_head": 8, "n_layer": 4, "vocab_size": 1000}
+MPT = {"model_type": "mpt", "d_model": 256, "n_heads": 8, "n_layers": 4, "vocab_size": 1000, "max_seq_len": 2048}
+GPTJ = {"model_type": "gptj", "n_embd": 256, "n_head": 8, "n_layer": 4, "rotary_dim": 16, "vocab_size": 1000}
+CODEGEN = GPTJ | {"model_type": "codegen"}
+GPT_NEO = {"model_type": "gpt_neo", "hidden_size": 256, "num_layers": 4, "vocab_size": 1000, "num_heads": 8}
+GPT_NEO |= {"attention_types": [[["global", "local"], 2]]}
+
+
+def peaks(config: dict[str, Any], **asked: Any) -> tuple[int, int]:
+    """Bytes live at the peak: by formula, and by the model's own code."""
+    pytest.importorskip("torch")
+    from hfvram.memory.exact.simulate import simulate
+
+    found = []
+    architecture = infer(config)
+    for method in ("formula", "simulate"):
+        request, _ = resolve(architecture, Request(mode="inference", method=method, **asked))  # type: ignore[arg-type]
+        if method == "formula":
+            timeline = formula.timeline(architecture, request)
+        else:
+            timeline = simulate(config, architecture.class_name, request)
+        found.append(replay(timeline).allocated_bytes)
+    return found[0], found[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [BLOOM, MPT, GPTJ, CODEGEN, GPT_NEO], ids=lambda c: c["model_type"])
+@pytest.mark.parametrize("asked", [{"batch": 2, "ctx": 700}, {"batch": 1, "ctx": 1500, "dtype": "bf16"}], ids=str)
+def test_weights_of_attention_that_are_held_on(config: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Their loops hold what the last layer returned, eager attention's weights too, until the next one returns."""
+    formed, exact = peaks(config, **asked)
+    assert formed == pytest.approx(exact, rel=0.005)
