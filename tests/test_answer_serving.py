@@ -189,3 +189,28 @@ def test_a_batch_of_any_size_is_answered_at_once() -> None:
     assert e.cache_bytes == 10**9 * 16 * 131_072
     assert e.fit is not None
     assert not e.fit.fits
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_heads_of_the_model_itself_speculate(engine: str) -> None:
+    alone, both = (ask("deepseek-ai/DeepSeek-V3", engine=engine, draft=d) for d in (None, "mtp"))
+    assert alone.serving is not None
+    assert both.serving is not None
+    # a 62nd layer of latents, 576 in bf16 a token; 11.5 billion weights in fp8 but for a matrix of 2h × h
+    assert both.serving.kv_bytes_per_token - alone.serving.kv_bytes_per_token == 576 * 2
+    assert both.serving.loaded_bytes - alone.serving.loaded_bytes == pytest.approx(11.6e9, rel=0.02)
+    assert "valid is the name of a draft model" in refusal(engine=engine, draft="mtp")
+    hybrid = ask("Qwen/Qwen3-Next-80B-A3B-Instruct", engine=engine, draft="mtp")
+    assert any("speculated token" in w for w in hybrid.warnings)
+
+
+def test_experts_are_divided_by_data_parallel_ranks_too() -> None:
+    one, eight = (ask("Qwen/Qwen3-30B-A3B", ep=n) for n in (1, 8))
+    experts = 48 * 128 * 3 * 2048 * 768 * 2
+    assert one.weights_bytes - eight.weights_bytes == experts * 7 // 8
+    assert eight.request.gpus == 8
+    assert any("--enable-expert-parallel" in w for w in eight.warnings)
+    assert one.cache_bytes == eight.cache_bytes
+    assert "valid are 1 to 128" in refusal("Qwen/Qwen3-30B-A3B", ep=256)
+    assert "has no experts" in refusal(ep=2)
+    assert "valid is 1" in refusal("Qwen/Qwen3-30B-A3B", engine="sglang", ep=2)

@@ -24,6 +24,7 @@ from hfvram.model.gguf import identify_gguf
 from hfvram.model.identify import Model, identify, identify_components, needs_headers
 from hfvram.model.infer import infer
 from hfvram.model.layers import Mamba1, Mamba2
+from hfvram.model.mtp import mtp
 from hfvram.read import cache
 from hfvram.read.checkpoint import Checkpoint
 from hfvram.read.open import read_all_headers, read_checkpoint
@@ -35,6 +36,10 @@ MODELLED = {"transformers": "5.17", "torch": "2.11"}
 
 
 INEXACT = "by formula: with pip install 'hfvram[exact]' the model's own code says it exactly"
+
+
+MTP = "mtp"
+"""`--draft` of a model's own heads."""
 
 
 class Session:
@@ -71,7 +76,7 @@ class Session:
             notes.append("GGUF files are answered for llama.cpp (--engine llama.cpp)")
             serving_options.check(request)
         if request.draft:
-            known = replace(known, draft=self._read(request.draft, request, None, token, offline, None))
+            known = replace(known, draft=self._draft(known, request, token, offline))
         found = answer(known, request)
         if notes:
             found = replace(found, warnings=(*found.warnings, *notes))
@@ -89,6 +94,12 @@ class Session:
     ) -> Model:
         """The model that `estimate` of these answers about, read once for both."""
         return self._read(name, settled(request)[0], revision, token, offline, file)
+
+    def _draft(self, model: Model, request: Request, token: str | None, offline: bool) -> Model:
+        """What speculates: another model, or the model's own heads for multi-token prediction."""
+        if request.draft != MTP:
+            return self._read(request.draft or "", request, None, token, offline, None)
+        return replace(model, architecture=mtp(model.architecture, model.checkpoint.config))
 
     def _read(
         self, model: str, request: Request, revision: str | None, token: str | None, offline: bool, file: str | None

@@ -33,7 +33,7 @@ OWN: Final = {
 }
 """The options of serving engines that each takes."""
 NO_USE: Final = (
-    *("padding", "cache", "attention", "kernels", "ep", "cp", "sp", "zero", "fsdp", "offload"),
+    *("padding", "cache", "attention", "kernels", "cp", "sp", "zero", "fsdp", "offload"),
     "expandable_segments",
 )
 """Options that mean nothing to a serving engine, or that are not answered for one yet."""
@@ -59,6 +59,8 @@ def check(request: Request) -> None:
         if getattr(request, name) != getattr(default, name):
             flag = f"--{name.replace('_', '-')}"
             raise HfvramError("usage", f"{flag} is not supported with --engine {request.engine}")
+    if request.ep > 1 and request.engine != "vllm":
+        raise HfvramError("usage", f"--ep is not supported with --engine {request.engine}: valid is 1")
     for name, valid in (("mode", ("inference",)), ("phase", (None, "generate")), ("method", ("auto", "formula"))):
         if (value := getattr(request, name)) not in valid:
             raise HfvramError("usage", f"--{name} {value} is not supported with --engine {request.engine}")
@@ -100,6 +102,14 @@ def resolve(model: Model, request: Request) -> tuple[Request, list[str]]:
     if kv not in CACHE_BYTES:
         valid = ", ".join(k for k in CHOICES["kv_dtype"] if k in ("auto", *CACHE_BYTES))
         raise HfvramError("usage", f"--kv-dtype {kv} with --engine {request.engine}: valid are {valid}")
+    if request.ep > 1:
+        if not a.moe or request.ep > a.moe.experts:
+            valid = f"valid are 1 to {a.moe.experts}" if a.moe else f"{a.class_name} has no experts, valid is 1"
+            raise HfvramError("usage", f"--ep {request.ep}: {valid}")
+        warnings.append(
+            f"--ep {request.ep} as --data-parallel-size {request.ep} --enable-expert-parallel: each rank has requests "
+            "of its own; the buffers that tokens are exchanged by are not counted"
+        )
     if len(a.stacks) > 1:
         warnings.append("images and sound take memory while they are encoded, which is roughly counted")
     if adapter := a.adapter:
@@ -109,11 +119,14 @@ def resolve(model: Model, request: Request) -> tuple[Request, list[str]]:
     changes |= {"quant": quant if quant in CHOICES["quant"] else request.quant}
     if model.draft:
         b = model.draft.architecture
-        if any(recurrent(layer) for x in (a, b) for layer in x.text.layers):
-            raise HfvramError("usage", "--draft with recurrent layers is not supported yet")
+        heads = request.draft == "mtp"
+        if heads and any(recurrent(layer) for layer in a.text.layers):
+            warnings.append("states that are kept for each speculated token are not counted")
+        elif any(recurrent(layer) for x in (a, b) for layer in x.text.layers):
+            raise HfvramError("usage", "--draft with recurrent layers is not supported yet: valid is mtp")
         if b.vocab_size != a.vocab_size:
             warnings.append(f"the draft's vocabulary of {b.vocab_size:,} is not the model's of {a.vocab_size:,}")
-        if b.quantization:
+        if b.quantization and not heads:
             warnings.append(f"the draft counts in {dtype}, not in its own {b.quantization}")
     return request.with_(**changes), warnings
 
@@ -152,6 +165,7 @@ def options(model: Model, request: Request, gpu: Gpu | None) -> Options:
         cache_element_bytes=CACHE_BYTES.get(request.kv_dtype, ELEMENT_BYTES[request.dtype]),
         tp=request.tp,
         pp=request.pp,
+        ep=request.ep,
         gpu_bytes=gpu.memory_bytes if gpu else None,
         gpu_name=gpu.name if gpu else "",
         utilization=request.gpu_memory_utilization or request.mem_fraction_static,
@@ -168,7 +182,10 @@ def plan(model: Model, request: Request, gpu: Gpu | None) -> Plan:
     draft = None
     if model.draft:
         b = model.draft.architecture
-        draft = b, rope.tables(b, model.draft.checkpoint.config)
+        own = request.draft == "mtp"  # which shares the model's rotary tables
+        tables = () if own else rope.tables(b, model.draft.checkpoint.config)
+        quant = options(model, request, gpu).quant if own and b.quantization == a.quantization else "none"
+        draft = b, tables, quant
     return PLANS[request.engine](a, options(model, request, gpu), rope.tables(a, model.checkpoint.config), draft)
 
 

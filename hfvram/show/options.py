@@ -93,7 +93,7 @@ GROUPS = (
         ("--mmproj", "", "llama.cpp: the repo's projector of images or sound on the GPU, too"),
         ("--engine-args", "LINE", "the line that starts the engine: \"vllm serve …\"; other options win over it"),
         ("--requests", "LIST", "concurrent requests, count × tokens: 512x2048,16x32768"),
-        ("--draft", "MODEL", "vLLM, SGLang: the model that speculates"),
+        ("--draft", "MODEL", "vLLM, SGLang: the model that speculates, or mtp: the model's own heads for it"),
         ("--from", "FILE", "TrainingArguments, TRL, Axolotl, LLaMA-Factory, accelerate or DeepSpeed; several times"),
     )),
     Group("The verdict", (

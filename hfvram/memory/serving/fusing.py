@@ -32,7 +32,7 @@ def vocabulary(params: Iterable[Param], rows: int, tp: int, projectors: bool = F
             yield _share(p, tp) if projectors and is_weight(p) else p
 
 
-def sharded(layer: Layer, tp: int, quant: str = "none") -> list[Param]:
+def sharded(layer: Layer, tp: int, quant: str = "none", ep: int = 1) -> list[Param]:
     """The tensors of a layer on one rank, fused."""
     found: list[Param] = []
     for mixer in layer.mixers:
@@ -41,7 +41,7 @@ def sharded(layer: Layer, tp: int, quant: str = "none") -> list[Param]:
     if isinstance(feed, FeedForward):
         found += pair(feed.params, tp)
     elif feed:
-        found += mixture(feed, tp, quant)
+        found += mixture(feed, tp, quant, ep)
     return found + [p for p in layer.params if p.kind != "buffer"]
 
 
@@ -111,8 +111,11 @@ def pair(params: Iterable[Param], tp: int) -> list[Param]:
     return found
 
 
-def mixture(feed: MixtureOfExperts, tp: int, quant: str) -> list[Param]:
+def mixture(feed: MixtureOfExperts, tp: int, quant: str, ep: int = 1) -> list[Param]:
     """The experts, each sharded within; the router whole; the shared experts as one feed-forward.
+
+    Of `ep` data parallel ranks each has its share of the experts: with `tp` ranks in each, whole ones in the end, of
+    the same size (fused_moe/config.py, FusedMoEParallelConfig.make).
 
     In MXFP4 a rank's part of the width is padded to 64 (fused_moe/oracle/mxfp4.py, the Triton kernels of Hopper).
     """
@@ -122,6 +125,7 @@ def mixture(feed: MixtureOfExperts, tp: int, quant: str) -> list[Param]:
     found: list[Param] = []
     for p in feed.params:
         if p.kind == "experts":
+            p = replace(p, shape=(-(-p.shape[0] // ep), *p.shape[1:]))
             whole = len(p.shape) == 2 and p.shape[1] == feed.hidden_size
             found.append(p if whole else _narrowed(p, width, feed.intermediate_size))
         elif p not in shared and p.kind != "buffer":

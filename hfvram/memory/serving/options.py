@@ -18,6 +18,8 @@ class Options:
     gpu_bytes: int | None = None
     gpu_name: str = ""
     utilization: float | None = None
+    ep: int = 1
+    """Data parallel ranks that the experts are divided by, each of `tp` ranks."""
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     enforce_eager: bool = False

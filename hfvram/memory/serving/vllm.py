@@ -77,18 +77,23 @@ def plan(a: Architecture, o: Options, rope: tuple[RopeTable, ...], draft: Draft 
     A draft model's layers are grouped with the model's own, and stand on the last stage.
     """
     layers = len(a.text.layers)
-    ahead = [(i + layers, c) for i, c in caches(draft[0], o)] if draft else []
-    groups = grouped([*caches(a, o), *ahead])
+    groups = grouped(caches(with_layers(a, draft[0]) if draft else a, o))
     parts = [_stage(a, o, rope, groups, stage, draft if stage.heads else None) for stage in stages(layers, o.pp)]
     if o.gpu_bytes is None:
         return max(parts, key=lambda p: p.loaded_bytes)
     return min(parts, key=lambda p: p.pools[0].units if p.pools and p.pools[0].units is not None else p.room_bytes or 0)
 
 
+def with_layers(a: Architecture, draft: Architecture) -> Architecture:
+    """The model with a draft's layers behind its own."""
+    stack = replace(a.text, layers=a.text.layers + draft.text.layers)
+    return replace(a, stacks=tuple(stack if s.name == a.main else s for s in a.stacks))
+
+
 def _stage(
     a: Architecture, o: Options, rope: tuple[RopeTable, ...], groups: Groups, stage: Stage, draft: Draft | None
 ) -> Plan:
-    weights = with_draft(standing(a, o.dtype, o.quant, o.tp, stage, rope, o.pp), draft, o.dtype, o.tp)
+    weights = with_draft(standing(a, o.dtype, o.quant, o.tp, stage, rope, o.pp, o.ep), draft, o.dtype, o.tp, o.ep)
     loaded = stand(weights).allocated
     profile = Profile(batched_tokens(o), sequences(o), ELEMENT_BYTES[o.dtype], o.tp, o.quant)
     activations = peak_bytes(a, profile, stage.first, stage.last)

@@ -19,8 +19,8 @@ from hfvram.model.packing import Scheme, by_method, is_known, packed_bytes, plai
 from hfvram.model.patterns import chosen
 from hfvram.model.rope import RopeTable
 
-Draft = tuple[Architecture, tuple[RopeTable, ...]]
-"""A draft model, and its rotary tables."""
+Draft = tuple[Architecture, tuple[RopeTable, ...], str]
+"""A draft model, its rotary tables, and what its weights are packed by."""
 ROPE = Tag("rotary tables", "buffers", "", "vLLM 0.19.0: rotary_embedding/base.py, cos_sin_cache", "exact")
 
 
@@ -60,7 +60,14 @@ def stages(layers: int, pp: int) -> list[Stage]:
 
 @lru_cache(maxsize=64)
 def standing(
-    a: Architecture, dtype: str, quant: str, tp: int, stage: Stage, rope: tuple[RopeTable, ...], pp: int = 1
+    a: Architecture,
+    dtype: str,
+    quant: str,
+    tp: int,
+    stage: Stage,
+    rope: tuple[RopeTable, ...],
+    pp: int = 1,
+    ep: int = 1,
 ) -> Standing:
     """Every tensor that stands on a rank of this stage before the pool is made."""
     left_alone = chosen(a.unquantized) if quant == a.quantization and a.unquantized else None
@@ -86,7 +93,7 @@ def standing(
         for i, layer in enumerate(stack.layers):
             if i in stack.repeated or (main and not stage.first <= i < stage.last):
                 continue
-            add(_named(stack, i, sharded(layer, tp, quant)))
+            add(_named(stack, i, sharded(layer, tp, quant, ep)))
             if main and tables:
                 tensors += tables
                 tables = []
@@ -98,13 +105,13 @@ def standing(
 
 
 @lru_cache(maxsize=64)
-def with_draft(target: Standing, draft: Draft | None, dtype: str, tp: int) -> Standing:
+def with_draft(target: Standing, draft: Draft | None, dtype: str, tp: int, ep: int = 1) -> Standing:
     """The tensors of a model, and after them those of the draft that speculates for it, sharded alike."""
     if draft is None:
         return target
-    a, rope = draft
+    a, rope, quant = draft
     count = len(a.text.layers)
-    return Standing(target.tensors + standing(a, dtype, "none", tp, Stage(0, count, count), rope).tensors)
+    return Standing(target.tensors + standing(a, dtype, quant, tp, Stage(0, count, count), rope, ep=ep).tensors)
 
 
 def parts(p: Param, dtype: str, quant: str, scheme: Scheme | None = None) -> tuple[tuple[int, Tag], ...]:
