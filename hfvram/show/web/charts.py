@@ -11,6 +11,7 @@ from hfvram.show.layout import size
 from hfvram.show.web.figures import COLOURS
 from hfvram.units import GiB, short_count
 
+PAPER = "rgba(255,255,255,0.85)"
 INK, GRID, RED = "#7a828e", "rgba(128,128,128,0.25)", "#d64545"
 HEIGHT: Final = 430
 TINY: Final = 0.005
@@ -62,10 +63,18 @@ def course(e: Estimate, found: Course) -> Any:
     traces = _areas(rows, range(len(found.live_bytes[0])))
     figure = go.Figure(traces, _layout("A training step", "allocations and frees, in order"))
     figure.update_xaxes(showticklabels=False, showgrid=False, range=[0, len(found.live_bytes[0]) - 1])
+    last = len(found.live_bytes[0]) - 1
     for at, name in found.phases:
         figure.add_vline(x=at, line={"color": INK, "width": 1, "dash": "dot"})
         figure.add_annotation(
-            x=at, y=1, yref="paper", yanchor="bottom", xanchor="left", text=_plain(name), showarrow=False, textangle=-25
+            x=at,
+            y=1,
+            yref="paper",
+            yanchor="bottom",
+            xanchor="left" if at < 0.85 * last else "right",
+            text=_plain(name),
+            showarrow=False,
+            textangle=-35,
         )
     top = sum(row[found.peak] for row in found.live_bytes) / GiB
     named = (
@@ -80,17 +89,19 @@ def course(e: Estimate, found: Course) -> Any:
         hovertext=named,
         hoverinfo="text",
     )
+    capacity = e.fit.capacity_bytes / GiB if e.fit and _is_near(e.fit.capacity_bytes, e) else 0
+    figure.update_yaxes(range=[0, 1.3 * max(top, capacity)])
     right = found.peak * 2 > len(found.live_bytes[0])
     figure.add_annotation(
         x=found.peak,
         y=top,
         text=named,
-        ax=-50 if right else 50,
-        ay=45,
+        ax=-40 if right else 40,
+        ay=-30,
         xanchor="right" if right else "left",
         align="left",
         arrowcolor=RED,
-        bgcolor="rgba(255,255,255,0.9)",
+        bgcolor=PAPER,
         font={"color": "#222"},
     )
     if e.fit:
@@ -119,14 +130,22 @@ def _areas(rows: Mapping[Category, Sequence[int]], x: Sequence[int]) -> list[Any
 
 
 def _capacity(figure: Any, e: Estimate) -> None:
-    """The GPU's memory as a line; far below or above what is drawn it would flatten the rest, and is left out."""
-    if e.fit and e.fit.capacity_bytes <= 4 * e.device_bytes:
+    """The GPU's memory as a line; far above what is drawn it would flatten the rest, and is left out."""
+    if e.fit and _is_near(e.fit.capacity_bytes, e):
         figure.add_hline(
             y=e.fit.capacity_bytes / GiB,
             line={"color": RED, "width": 1.5, "dash": "dash"},
-            annotation={"text": _plain(f"{e.fit.gpu}: {size(e.fit.capacity_bytes)}"), "font": {"color": RED}},
+            annotation={
+                "text": _plain(f"{e.fit.gpu}: {size(e.fit.capacity_bytes)}"),
+                "font": {"color": "#b3261e"},
+                "bgcolor": PAPER,
+            },
             annotation_position="top left",
         )
+
+
+def _is_near(capacity_bytes: int, e: Estimate) -> bool:
+    return capacity_bytes <= 4 * e.device_bytes
 
 
 def _layout(title: str, along: str) -> dict[str, Any]:
@@ -134,7 +153,7 @@ def _layout(title: str, along: str) -> dict[str, Any]:
     return {
         "title": {"text": title, "x": 0, "xref": "paper", "font": {"size": 15}, "y": 0.98},
         "height": HEIGHT,
-        "margin": {"l": 48, "r": 12, "t": 70, "b": 10},
+        "margin": {"l": 48, "r": 24, "t": 84, "b": 10},
         "font": {"color": INK, "size": 12},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",

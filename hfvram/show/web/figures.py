@@ -9,6 +9,7 @@ from typing import Final
 
 from hfvram.answer.curve import Point
 from hfvram.answer.estimate import Estimate, Item
+from hfvram.answer.question import settled
 from hfvram.errors import HfvramError
 from hfvram.show.layout import size
 from hfvram.show.text import asked as request_in_words
@@ -55,7 +56,9 @@ def notice(message: str) -> str:
 
 def progress(step: Waiting, asked: Asked) -> str:
     """What a visitor waits for."""
-    what = "others come first" if step.queued else "working it out"
+    by_code = settled(asked.request)[0].method == "simulate"
+    what = "running the model's own code, without weights" if by_code else "working it out"
+    what = "others come first" if step.queued else what
     return f'<p id="progress" role="status">{escape(asked.model[:80])}: {what}, {step.seconds:.0f} s …</p>'
 
 

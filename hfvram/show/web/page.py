@@ -59,7 +59,7 @@ def page(runner: Runner, *, local_gpu: bool) -> Any:
                 )
                 with gr.Row():
                     quant = gr.Dropdown(
-                        list(CHOICES["quant"]), value="auto", label="Quantization", elem_id="quant", min_width=120
+                        list(CHOICES["quant"]), value="auto", label="Quantization", elem_id="quant", min_width=150
                     )
                     engine = gr.Dropdown(
                         list(CHOICES["engine"]), value="transformers", label="Engine", elem_id="engine", min_width=120

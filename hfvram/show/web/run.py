@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from threading import Lock
+from threading import Lock, Timer
 from typing import Any, Final
 
 from hfvram.answer.course import Course, course_of
@@ -34,6 +34,7 @@ QUICK: Final = frozenset(
     ("ctx", "batch", "quant", "engine", "gpu", "dtype", "kv_dtype", "cache", "attention", "padding", "phase", "kernels")
 )
 """Options with which an inference takes milliseconds, whatever their value."""
+WARM_SECONDS: Final = 15.0
 THREADS: Final = 16
 END: Final = "end"
 PRELOAD: Final = (
@@ -78,11 +79,14 @@ class Runner:
         self._stopped: dict[str, asyncio.Event] = {}
 
     def warm(self) -> None:
-        """Start what answers slow questions, so that the first of them need not wait for its imports."""
+        """Soon start what answers slow questions, so that the first of them need not wait for its imports; not at
+        once, when the first visitor's page is made."""
         if self._context.get_start_method() == "forkserver":
             from multiprocessing.forkserver import ensure_running
 
-            ensure_running()
+            timer = Timer(WARM_SECONDS, ensure_running)
+            timer.daemon = True
+            timer.start()
 
     def stop(self, visitor: str) -> bool:
         """Whether there was something to end."""
