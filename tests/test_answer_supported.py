@@ -12,7 +12,6 @@ NOT_YET: list[tuple[dict[str, Any], str]] = [
     ({"cache": "paged"}, "dynamic, static, offloaded, quantized"),
     ({"pp": 2}, "1"),
     ({"ep": 8}, "1"),
-    ({"cp": 2}, "1"),
     ({"sp": True}, "False"),
     ({"offload": ("params", "layers")}, "experts, layers"),
 ]

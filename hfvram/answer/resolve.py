@@ -25,6 +25,10 @@ PIPELINE = (
 )
 EXPERTS = "each rank of --ep has a batch of its own; routing is taken to be balanced: as many tokens come as are sent"
 OFFLOADED = "what is offloaded comes for its own moment alone: nothing is fetched ahead or kept for the next token"
+RING = (
+    "--cp as PyTorch's context_parallel and accelerate run it: ring attention by all-gather, each rank with two pieces "
+    "of --ctx tokens; derived from their code, not measured"
+)
 SEQUENCE_KEPT = (
     "--sp as PyTorch's DTensor runs it: what attention and MLP gather stays for the backward pass, "
     "where Megatron-LM gathers again"
@@ -141,6 +145,8 @@ def _several(architecture: Architecture, request: Request, gpus: int) -> list[st
         said.append(f"--tp as Megatron-LM splits: transformers has no plan for {architecture.model_type}")
     if request.ep > 1:
         said.append(EXPERTS)
+    if request.cp > 1:
+        said.append(RING)
     if request.sp and request.mode != "inference":
         megatron = architecture.model_type in NO_PLAN and request.method != "simulate"
         said.append(SEQUENCE_AGAIN if megatron else SEQUENCE_KEPT)

@@ -15,6 +15,11 @@ def check_splits(request: Request) -> None:
     """Raises `usage` for what does not go together."""
     zero, offload = request.zero or 0, set(request.offload)
     if request.mode == "inference":
+        if request.cp > 1:
+            raise _usage(
+                f"--cp {request.cp} shares the sequence of a training step, and keeps no cache to generate from: "
+                "valid for --mode inference is --cp 1, where --tp shares the heads and their cache"
+            )
         if zero:
             raise _usage("--zero is for training, --mode inference has no use for it")
         return
@@ -25,6 +30,10 @@ def check_splits(request: Request) -> None:
         raise _usage(f"{what} has no exact engine: valid is --method formula")
     if request.sp and request.tp == 1:
         raise _usage("--sp splits the sequence over the ranks of --tp: valid is --tp 2 and more")
+    if request.cp > 1 and request.method == "simulate":
+        raise _usage(f"--cp {request.cp} has no exact engine: valid is --method formula")
+    if request.cp > 1 and zero:
+        raise _usage(f"--cp {request.cp} trains with FSDP2 or replicated, not with --zero {zero}: valid is --fsdp")
     if request.pp > 1:
         _check_pipeline(request)
     elif request.ep > 1:

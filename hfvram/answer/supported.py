@@ -38,9 +38,9 @@ OPTIMIZERS: Final = (
 
 def simulated_by_default(request: Request) -> bool:
     """Whether the exact engine answers where nobody says which: training but for what is DeepSpeed's, offloaded, a
-    pipeline or experts apart."""
+    pipeline, experts or a sequence apart."""
     training = request.mode != "inference" and not request.zero and not request.offload
-    return training and request.pp == request.ep == 1
+    return training and request.pp == request.ep == request.cp == 1
 
 
 def by_code(request: Request) -> bool:
@@ -53,7 +53,7 @@ def check(request: Request) -> None:
     check_splits(request)
     for name, values in SUPPORTED.items():
         value = getattr(request, name)
-        if name in ("pp", "ep", "sp", "offload") and request.mode != "inference":
+        if name in ("pp", "ep", "cp", "sp", "offload") and request.mode != "inference":
             continue  # `splits` says what goes together
         if name == "offload" and value and request.method == "simulate":
             values = ((),)

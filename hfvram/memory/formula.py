@@ -5,7 +5,7 @@ from dataclasses import replace
 from itertools import groupby
 from typing import NamedTuple
 
-from hfvram.memory import expert_parallel, inference, pipeline_parallel, placement, seq2seq
+from hfvram.memory import context_parallel, expert_parallel, inference, pipeline_parallel, placement, seq2seq
 from hfvram.memory.forward import ELEMENT_BYTES, Forward
 from hfvram.memory.generation import generation
 from hfvram.memory.mesh import mesh_of
@@ -37,10 +37,24 @@ def shares(architecture: Architecture, request: Request) -> tuple[Share, ...]:
     if mesh.pp > 1:
         return tuple(_stages(architecture, request, mesh.gpus // mesh.pp))
     part = part_of(expert_parallel.part_of(architecture, mesh.ep), mesh.tp)
+    if mesh.cp > 1:
+        return tuple(_parts_of_sequence(architecture, part, request, mesh.gpus // mesh.cp))
     found = timeline(part, request)
     if mesh.model > 1 and request.mode == "train":
         found.trainable_parameters = architecture.parameters
     return (Share("all", mesh.gpus, found),)
+
+
+def _parts_of_sequence(architecture: Architecture, part: Architecture, request: Request, gpus: int) -> Iterator[Share]:
+    """The ranks that share a sequence, those together that are alike; `gpus` of each."""
+    from hfvram.memory.training import train
+
+    context_parallel.check(architecture, request)
+    for name, count, rank in context_parallel.kinds(request.cp):
+        t = train.timeline(part, request, cp_rank=rank)
+        if request.mode == "train":
+            t.trainable_parameters = architecture.parameters
+        yield Share(name, gpus * count, t)
 
 
 def _stages(architecture: Architecture, request: Request, gpus: int) -> Iterator[Share]:

@@ -95,8 +95,11 @@ def check_modes(architecture: Architecture, request: Request) -> None:
         raise unknown(f"--mode {request.mode}")
     if request.zero:
         raise unknown(f"--zero {request.zero}")
-    if mesh_of(request).data > 1 and request.mode == "train" and not request.fsdp:
-        raise HfvramError("usage", "--tp with more --gpus trains with --fsdp: DistributedDataParallel can't hold it")
+    mesh = mesh_of(request)
+    if mesh.data * mesh.cp > 1 and request.mode == "train" and not request.fsdp:
+        raise HfvramError(
+            "usage", "--tp with more --gpus or --cp trains with --fsdp: DistributedDataParallel can't hold it"
+        )
 
 
 def check_sequence(request: Request) -> None:

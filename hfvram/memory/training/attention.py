@@ -6,6 +6,7 @@ Source: transformers 5.17, models/llama/modeling_llama.py, integrations/sdpa_att
 from hfvram.memory.timeline import Tag
 from hfvram.memory.training import operators as op
 from hfvram.memory.training.blocks import DROPPED, LLAMA, ROTARY, normalize, unknown
+from hfvram.memory.training.ring_attention import ring_attention
 from hfvram.memory.training.rotary import ROTATE, far, rotate
 from hfvram.memory.training.scaled_dot_product import attention as scaled_dot_product
 from hfvram.memory.training.scaled_dot_product import flash
@@ -150,7 +151,7 @@ def _cached(t: Tape, x: Tensor, dtype: str) -> Tensor:
 
 def attend(t: Tape, part: Attention, q: Tensor, k: Tensor, v: Tensor, around: Surroundings) -> Attended:
     """The attention itself of (b, heads, s, d) tensors; out comes (b, s, heads, d)."""
-    bias = around.masks.get(part.window)
+    bias = around.masks.get(part.window) if t.ring[0] == 1 else None
     if around.request.attention == FLASH:
         return _flash(t, q, k, v, around), None
     if around.eager(part):
@@ -160,6 +161,9 @@ def attend(t: Tape, part: Attention, q: Tensor, k: Tensor, v: Tensor, around: Su
         k, v = repeat(t, k, part), repeat(t, v, part)
         grouped = False
     p = around.dropout.attention
+    if t.ring[0] > 1:
+        out = ring_attention(t, q, k, v, gqa=grouped, p=p, tag=OUT)
+        return op.dense(t, op.transpose(t, out, 1, 2), OUT), None
     out = scaled_dot_product(t, q, k, v, bias, causal=bias is None and part.causal, gqa=grouped, p=p, tag=OUT)
     return op.dense(t, op.transpose(t, out, 1, 2), OUT), None
 

@@ -84,7 +84,7 @@ def units(t: Tape, states: States, request: Request, groups: int) -> Units:
         from hfvram.memory.training.zero import Zero
 
         return Zero(t, states, request, groups)
-    if mesh_of(request).data * request.ep > 1:
+    if mesh_of(request).data * request.ep * request.cp > 1:
         from hfvram.memory.training.ddp import Ddp
 
         return Ddp(t, states, request, groups)

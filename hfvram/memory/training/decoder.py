@@ -120,6 +120,7 @@ def decode(
         embedded, kind = received, replace(kind, embedding="tokens", scaled="no")
     around = Surroundings(architecture.class_name, kind, request)
     around.dropout = layers[0][0].dropout if layers else Dropout()
+    around.positions = t.given[0] if t.given else None
     hidden = embedded
     if kind.embedding == "normed":
         hidden = normalize(t, embedded, (states.before[1].tensor, states.before[2].tensor), "layer")
@@ -136,7 +137,8 @@ def decode(
         hidden = part_of_sequence(t, op.add(t, embedded, learned, EMBEDDED))
     if kind.embedding in ("positions", "late positions"):
         places = around.positions or positions(t, around, ids)
-        learned = op.embedding(t, places.as_((1, ids.shape[1]), (ids.shape[1], 1)), states.before[1].tensor, EMBEDDED)
+        places = places if t.given else places.as_((1, ids.shape[1]), (ids.shape[1], 1))
+        learned = op.embedding(t, places, states.before[1].tensor, EMBEDDED)
         hidden = part_of_sequence(t, op.add(t, embedded, learned, EMBEDDED))
     if kind.scaled == "after masks":
         masks(t, [layer for layer, _ in layers], around, ids, embedded.dtype)
@@ -324,6 +326,9 @@ def causal_loss(t: Tape, logits: Tensor, ids: Tensor) -> Tensor:
     """In fp32 over labels that are shifted by a padding, not the logits by a copy."""
     wide = op.to(t, logits, "fp32", WIDE_LOGITS)
     b, s = ids.shape
+    if t.given:
+        wide = op.reshape(t, wide, -1, wide.shape[-1])
+        return op.cross_entropy(t, wide, t.given[1].as_((b * s,), (1,)), LOG_PROBABILITIES)
     padded = t.new((b, s + 1), "int64", None, LABELS)
     labels = padded if b == 1 else t.new((b, s), "int64", None, LABELS)
     wide = op.reshape(t, wide, -1, wide.shape[-1])

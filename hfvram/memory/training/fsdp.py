@@ -40,22 +40,25 @@ GPUS_A_NODE: Final = 8
 
 def replicas_and_shards(request: Request) -> tuple[int, int]:
     """How often each parameter is held, and in how many parts: `hybrid_shard` shards within a node of eight GPUs and
-    replicates over nodes. Raises `usage`.
+    replicates over nodes. Ranks that share a sequence hold parts, too (accelerate's `dp_shard_cp`). Raises `usage`.
 
     >>> [replicas_and_shards(Request(gpus=n, fsdp="hybrid_shard")) for n in (4, 16)]
     [(1, 4), (2, 8)]
+    >>> replicas_and_shards(Request(gpus=16, cp=4, fsdp="full_shard"))
+    (1, 16)
     """
     found = mesh_of(request)
+    held, over = found.model // found.cp, found.data * found.cp
     if request.fsdp != "hybrid_shard":
-        return 1, found.data
-    node = max(1, GPUS_A_NODE // found.model)
-    if found.data > node and found.data % node:
+        return 1, over
+    node = max(1, GPUS_A_NODE // held)
+    if over > node and over % node:
         raise HfvramError(
             "usage",
             f"--gpus {found.gpus}: --fsdp hybrid_shard shards within nodes of {GPUS_A_NODE}, "
-            f"valid are up to {node * found.model} and its multiples",
+            f"valid are up to {node * held} and its multiples",
         )
-    return max(1, found.data // node), min(found.data, node)
+    return max(1, over // node), min(over, node)
 
 
 class Unit:

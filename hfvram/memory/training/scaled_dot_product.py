@@ -128,18 +128,26 @@ def _heads_last(t: Tape, shape: Shape, dtype: str, tag: Tag | None = None) -> Te
 
 def _fused(t: Tape, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, kernel: Kernel, tag: Tag | None) -> Tensor:
     """A fused kernel: it keeps queries, keys, values, the bias, its output, the log-sum-exp and dropout's seed."""
-    b, heads, s, _ = q.shape
-    shape = (b, heads, s, v.shape[3])
-    node = t.record(partial(_fused_gradient, kernel), (q, k, v))
-    out = _alike(t, q, shape, tag) if kernel == "cudnn" else _heads_last(t, shape, q.dtype, tag)
-    rows = round_up(s, 32) if kernel == "efficient" else s
-    log_sum = t.new((b, heads, rows if kernel == "flash" or node is not None else 0), "fp32", None, LOG_SUM)
-    seeds = t.new((), "int64", None, SEED), t.new((), "int64", None, SEED)
+    node = t.record(partial(fused_gradient, kernel), (q, k, v))
+    out, log_sum, seeds = run_fused(t, kernel, q, k, v, tag, kept=kernel == "flash" or node is not None)
     t.keep(node, q, k, v, bias, out, log_sum, *seeds)
     return attach(out, node)
 
 
-def _fused_gradient(kernel: Kernel, t: Tape, saved: Saved, grads: Grads) -> Found:
+def run_fused(
+    t: Tape, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, tag: Tag | None, kept: bool = True
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """What a kernel makes: the output, the log-sum-exp (`kept` unless no gradient needs it), dropout's seed."""
+    b, heads, s, _ = q.shape
+    shape = (b, heads, s, v.shape[3])
+    out = _alike(t, q, shape, tag) if kernel == "cudnn" else _heads_last(t, shape, q.dtype, tag)
+    rows = round_up(s, 32) if kernel == "efficient" else s
+    log_sum = t.new((b, heads, rows if kept else 0), "fp32", None, LOG_SUM)
+    return out, log_sum, (t.new((), "int64", None, SEED), t.new((), "int64", None, SEED))
+
+
+def fused_gradient(kernel: Kernel, t: Tape, saved: Saved, grads: Grads) -> Found:
+    """Gradients of queries, keys and values by a kernel, and what it holds while it runs."""
     grad, (q, k, v, _, out, *_) = first(grads), saved
     assert q is not None
     assert k is not None

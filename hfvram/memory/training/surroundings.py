@@ -127,6 +127,12 @@ def masks(t: Tape, layers: list[Layer], found: Surroundings, ids: Tensor, dtype:
             raise unknown(f"{found.class_name} without a layer that slides")
     if found.kind.masks == "always both":
         windows = {None: parts[0], (max(windows, key=lambda w: w or 0) or 0): parts[0]}
+    if t.ring[0] > 1:
+        if found.packs and not found.caches:
+            _packed(t, b, s)
+            if t.ring[1] < t.ring[0] - 1:
+                found.masks[None] = _mask_of_packed(t, b, s)
+        return
     for window in windows if found.kind.masks_first else sorted(windows, key=lambda w: -1 if w is None else w):
         if found.packs and not found.caches and not found.request.padding:
             _packed(t, b, s)
@@ -151,7 +157,8 @@ def angles(t: Tape, layers: list[Layer], found: Surroundings, ids: Tensor, dtype
         if any(m.rotary and m.rotary.style == "complex" for m in parts):
             found.rotary[key] = _complex_angles(t, s, key[0])
             continue
-        found.rotary[key] = _angles(t, s, key[0], "fp32" if found.kind.rotates in WIDE else dtype)
+        each = b if t.given else 1  # positions that are given are so for every sequence
+        found.rotary[key] = _angles(t, s, key[0], "fp32" if found.kind.rotates in WIDE else dtype, each)
 
 
 def positions(t: Tape, found: Surroundings, ids: Tensor) -> Tensor:
@@ -188,6 +195,25 @@ def _packed(t: Tape, b: int, s: int) -> None:
     del starts
     t.timeline.free(t.timeline.alloc(b, POSITIONS), t.timeline.alloc(1, POSITIONS))
     del before, steps, packed
+
+
+def _mask_of_packed(t: Tape, b: int, s: int) -> Tensor:
+    """What is made where positions jump, as if sequences were packed; ring attention has no use for it.
+
+    Source: transformers 5.17, masking_utils.py `sdpa_mask`, `packed_sequence_mask_function`.
+    """
+    whose = t.new((b, s), "int64", None, POSITIONS)
+    places = [t.new((n,), "int64", None, MASK) for n in (b, 1, s, s)]
+    one = t.new((), "bool", None, MASK)
+    before = t.new((1, 1, s, s), "bool", None, MASK)
+    seen = t.new((1, 1, s, s), "bool", None, MASK)
+    del one, before
+    pair = t.new((b, 1, s, 1), "int64", None, MASK), t.new((b, 1, 1, s), "int64", None, MASK)
+    alike = t.new((b, 1, s, s), "bool", None, MASK)
+    del pair
+    mask = t.new((b, 1, s, s), "bool", None, MASK)
+    del whose, places, seen, alike
+    return mask
 
 
 def _alibi(t: Tape, found: Surroundings, heads: int, b: int, s: int, dtype: str) -> Tensor | None:
@@ -264,24 +290,24 @@ def _look(t: Tape) -> None:
     t.timeline.free(t.timeline.alloc(8, MASK), t.timeline.alloc(1, MASK))
 
 
-def _angles(t: Tape, s: int, dim: int, dtype: str) -> tuple[Tensor, Tensor]:
+def _angles(t: Tape, s: int, dim: int, dtype: str, b: int = 1) -> tuple[Tensor, Tensor]:
     """In fp32 by a product of positions and frequencies, then in the model's dtype."""
     grad, t.grad = t.grad, False
-    positions = t.new((1, 1, s), "fp32", None, ANGLES)
+    positions = t.new((b, 1, s), "fp32", None, ANGLES)
     t.multiplies()
-    products = t.new((1, dim // 2, s), "fp32", None, ANGLES)
-    both = t.new((1, s, dim), "fp32", None, ANGLES)
-    cos = t.new((1, s, dim), "fp32", None, ANGLES)
-    scaled_cos = t.new((1, s, dim), "fp32", None, ANGLES)
+    products = t.new((b, dim // 2, s), "fp32", None, ANGLES)
+    both = t.new((b, s, dim), "fp32", None, ANGLES)
+    cos = t.new((b, s, dim), "fp32", None, ANGLES)
+    scaled_cos = t.new((b, s, dim), "fp32", None, ANGLES)
     del cos
-    sin = t.new((1, s, dim), "fp32", None, ANGLES)
-    scaled_sin = t.new((1, s, dim), "fp32", None, ANGLES)
+    sin = t.new((b, s, dim), "fp32", None, ANGLES)
+    scaled_sin = t.new((b, s, dim), "fp32", None, ANGLES)
     del sin
-    shape, strides = (1, 1, s, dim), (s * dim, s * dim, dim, 1)
+    shape, strides = (b, 1, s, dim), (s * dim, s * dim, dim, 1)
     if dtype == "fp32":
         found = scaled_cos.as_(shape, strides), scaled_sin.as_(shape, strides)
     else:
-        low = t.new((1, s, dim), dtype, None, ANGLES), t.new((1, s, dim), dtype, None, ANGLES)
+        low = t.new((b, s, dim), dtype, None, ANGLES), t.new((b, s, dim), dtype, None, ANGLES)
         found = low[0].as_(shape, strides), low[1].as_(shape, strides)
     del positions, products, both
     t.grad = grad

@@ -42,6 +42,9 @@ Gradient = Callable[["Tape", Saved, list[Tensor | None]], Sequence[Tensor | None
 """What a node does: from what it saved and the gradients of its outputs to those of its inputs."""
 
 
+Ring = tuple[int, int]
+
+
 class Node:
     """One operator's backward. `edges` are (node, which of its outputs, shape, dtype) for each input, None where no
     gradient is wanted; `saved` are tensors or, with a `frame`, their places in what a checkpoint computes again."""
@@ -146,6 +149,10 @@ class Tape:
         """Inputs of layers that are moved to CPU memory: the layer's number, bytes."""
         self.units: Units | None = None
         """What is told of layers and gradients, where several GPUs train."""
+        self.ring: Ring = (1, 0)
+        """How many ranks share a sequence (`--cp`), and which of them this is."""
+        self.given: tuple[Tensor, Tensor] | None = None
+        """Positions and shifted labels of this rank's part."""
         self.sp = 1
         """Parts that a sequence is in around the blocks that tensor parallel ranks share."""
         self.scatters = self.regathers = False

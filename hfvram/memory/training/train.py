@@ -42,6 +42,9 @@ INPUTS = Tag("inputs of layers", "activations", "b·s·h·e", "PyTorch 2.11: aut
 PIPELINE = "PyTorch 2.13: distributed/pipelining/stage.py"
 RECEIVED = Tag("hidden states of the stage before", "activations", "b·s·h·e", PIPELINE)
 RETURNED = Tag("gradients of the stage after", "activations", "b·s·h·e", PIPELINE)
+TRAINER = "transformers 5.17: trainer.py _prepare_context_parallel_inputs"
+PLACES = Tag("positions", "inputs", "b·s·8", TRAINER, "exact")
+SHIFTED = Tag("shifted labels", "inputs", "b·s·8", TRAINER, "exact")
 IDS = Tag("token ids", "inputs", "b·s·8", "the batch", "exact")
 
 
@@ -51,8 +54,10 @@ def timeline(
     on_meta: bool = False,
     whole: bool = False,
     stage: Stage = ALONE,
+    cp_rank: int = 0,
 ) -> Timeline:
-    """Training of one request that leaves nothing open (`answer/resolve.py`), on one GPU: of a pipeline, on one stage.
+    """Training of one request that leaves nothing open (`answer/resolve.py`), on one GPU: of a pipeline, on one stage;
+    of those that share a sequence, on the one of number `cp_rank`.
 
     `on_meta` follows PyTorch on the meta device where it differs from CUDA, `whole` writes every layer: for tests.
     Raises `usage` for kinds of layers and options that have no formula yet.
@@ -75,11 +80,18 @@ def timeline(
     casts = training.stands(t, architecture) if training.adapted and not parted else []
     tape = Tape(t, generation(request.compute_capability), on_meta)
     tape.sp, tape.regathers = request.tp if request.sp else 1, architecture.model_type in NO_PLAN
+    tape.ring = request.cp, cp_rank
     shape = request.batch, request.ctx or 1
     if stage.first or stage.last:
         ids = tape.new(shape, "int64", None, IDS)
     else:
         ids = Tensor(Storage(), shape, contiguous(shape), "int64")
+    if request.cp > 1:  # what is shared keeps its storage
+        places, labels = tape.new(shape, "int64", None, PLACES), tape.new(shape, "int64", None, SHIFTED)
+        shape = shape[0], shape[1] // request.cp
+        ids, *shared = [x.as_(shape, contiguous(shape)) for x in (ids, places, labels)]
+        tape.given = shared[0], shared[1]
+        del places, labels, shared
     hides = tape.new(ids.shape, "int64", None, PADDING) if request.padding else None
     first = States(architecture, beside, training.make, stack=tower) if tower else None
     states = States(architecture, layers, training.make, training.head, encoder=first)
@@ -93,6 +105,7 @@ def timeline(
     del hides
     t.events = t.events[:]  # what dies with this function is no part of the run
     t.symbols = symbols(architecture, Forward(batch=request.batch, tokens=request.ctx or 1, dtype=request.dtype))
+    tape.given = None
     parts.count(optimizer, groups)
     if stage.of > 1:
         t.trainable_parameters = model.parameters
@@ -102,7 +115,7 @@ def timeline(
     for segment, nbytes in tape.moved.values():
         t.elsewhere += [("cpu", INPUTS, nbytes)] * (copies(groups) if segment == TEMPLATE else 1)
     if groups:
-        return stretch(t, tape.segments, groups) or timeline(model, request, on_meta, True, stage)
+        return stretch(t, tape.segments, groups) or timeline(model, request, on_meta, True, stage, cp_rank)
     return t
 
 
