@@ -65,3 +65,15 @@ def short_count(count: int) -> str:
     if count >= 10**6:
         return f"{count / 10**6:.1f} M"
     return f"{count:,}"
+
+
+def short_tokens(count: int) -> str:
+    """Tokens in the field's short form, where that is exact.
+
+    >>> short_tokens(8192), short_tokens(1 << 20), short_tokens(1000)
+    ('8k', '1M', '1,000')
+    """
+    for unit, letter in ((1 << 20, "M"), (1 << 10, "k")):
+        if count >= unit and count % unit == 0:
+            return f"{count // unit}{letter}"
+    return f"{count:,}"

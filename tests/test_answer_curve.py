@@ -20,6 +20,7 @@ def test_points_are_what_is_estimated_at_that_context(tmp_path: Path) -> None:
         e = hfvram.estimate(path, ctx=p.ctx, batch=2)
         assert p.device_bytes == e.device_bytes
         assert sum(n for _, n in p.live_bytes) == e.peak_allocated_bytes
+        assert sum(n for _, n in p.parts) == e.device_bytes
         assert dict(p.live_bytes)["cache"] == sum(i.bytes for i in e.items if i.category == "cache")
 
 

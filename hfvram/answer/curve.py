@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hfvram.answer.fit import LEAST_CTX, with_ctx
+from hfvram.answer.parts import parts
 from hfvram.answer.question import estimate_of, formula_of
 from hfvram.errors import HfvramError
 from hfvram.memory.timeline import Category
@@ -20,6 +21,8 @@ class Point:
 
     ctx: int
     live_bytes: tuple[tuple[Category, int], ...]
+    parts: tuple[tuple[str, int], ...]
+    """Of `device_bytes`: categories, then what the allocator holds and CUDA's own."""
     device_bytes: int
 
 
@@ -39,7 +42,7 @@ def curve_of(model: Model, request: Request) -> tuple[Point, ...]:
         sums: dict[Category, int] = {}
         for item in e.items:
             sums[item.category] = sums.get(item.category, 0) + item.bytes
-        found.append(Point(ctx=ctx, live_bytes=tuple(sums.items()), device_bytes=e.device_bytes))
+        found.append(Point(ctx=ctx, live_bytes=tuple(sums.items()), parts=parts(e), device_bytes=e.device_bytes))
     return tuple(found)
 
 

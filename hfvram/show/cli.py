@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterator
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -22,6 +22,9 @@ from hfvram.show.options import GRID, LATER, GroupedCommand, options
 from hfvram.show.progress import waiting
 from hfvram.show.table import Row
 from hfvram.units import GiB
+
+if TYPE_CHECKING:
+    from hfvram.answer.question import Session
 
 SOURCE = ("revision", "token", "offline", "file")
 """Options that say how a model is read; all that are neither these nor OUTPUT make the request."""
@@ -83,6 +86,11 @@ def _ask(ctx: click.Context, /, models: tuple[str, ...], **values: Any) -> int:
     for name in LATER:
         if name in given:
             raise HfvramError("usage", f"--{name.replace('_', '-')} is not supported yet by hfvram {__version__}")
+    plot = given.pop("plot", None)
+    if plot is not None:
+        from hfvram.show.plot import check
+
+        check(plot)
     notes: tuple[str, ...] = ()
     if given.get("from"):
         from hfvram.answer.from_files import understood
@@ -112,17 +120,45 @@ def _ask(ctx: click.Context, /, models: tuple[str, ...], **values: Any) -> int:
     asked = {k: v for k, v in given.items() if k not in SOURCE + OUTPUT}
     simulates = asked.get("method") == "simulate" or asked.get("mode", "inference") != "inference"
     doing = "running the model's own code on the meta device" if simulates else f"reading {printable(models[0], 60)}"
+    from hfvram.answer.question import Session
+
     with waiting(doing, quiet="quiet" in output):
-        rows = list(answers(models, asked, source, notes))
+        session = Session()
+        rows = list(answers(session, models, asked, source, notes))
     if len(rows) == 1 and isinstance(rows[0].answer, HfvramError):
         raise rows[0].answer
     notices(rows, quiet="quiet" in output)
     click.echo(shown(rows, output))
+    if plot is not None:
+        with waiting("drawing", quiet="quiet" in output):
+            draw(session, rows, asked, source, plot)
     return exit_code(rows, asked)
 
 
+def draw(session: "Session", rows: list[Row], asked: dict[str, Any], source: dict[str, Any], file: str) -> None:
+    """A picture of the answers: of one with its curve and its course."""
+    from hfvram.show.plot import Picture, plot
+
+    found = [(row, row.answer) for row in rows if isinstance(row.answer, Estimate)]
+    if not found:
+        return None
+    if len(rows) > 1:
+        labels = (", ".join((r.model, *(f"{k} {v}" for k, v in r.differs.items()))) for r, _ in found)
+        return plot(Picture(tuple(labels), tuple(e for _, e in found)), file)
+    from hfvram.answer.course import course_of
+    from hfvram.answer.curve import curve_of
+
+    row, e = found[0]
+    model = session.model(row.model, Request.from_dict(asked), **source)
+    return plot(Picture((row.model,), (e,), curve_of(model, e.request), course_of(model, e.request)), file)
+
+
 def answers(
-    models: tuple[str, ...], asked: dict[str, Any], source: dict[str, Any], notes: tuple[str, ...] = ()
+    session: "Session",
+    models: tuple[str, ...],
+    asked: dict[str, Any],
+    source: dict[str, Any],
+    notes: tuple[str, ...] = (),
 ) -> Iterator[Row]:
     """An answer, with `notes`, for every model and cell of the grid. A usage error in the request is raised at once."""
     lists = {k: [v.strip() for v in asked[k].split(",")] for k in GRID if k in asked}
@@ -131,11 +167,9 @@ def answers(
     requests = [Request.from_dict(asked | cell) for cell in cells]
     from hfvram.answer.from_files import noted
     from hfvram.answer.gpus import find_gpu
-    from hfvram.answer.question import Session
 
     for name in lists.get("gpu", ()):
         find_gpu(name)
-    session = Session()
     for model in models:
         for cell, request in zip(cells, requests, strict=True):
             differs = {k: cell[k] for k in GRID if k in several}

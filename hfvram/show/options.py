@@ -10,9 +10,7 @@ from hfvram.request import CHOICES
 GRID = ("ctx", "batch", "quant", "gpus", "gpu", "kv_dtype")
 """Options that take a comma list: each value is a request of its own."""
 
-LATER = (
-    "plot",
-)  # fmt: skip
+LATER: tuple[str, ...] = ()
 """Options that a later version answers; until then they are refused, never ignored."""
 
 
@@ -108,7 +106,7 @@ GROUPS = (
         ("--markdown", "", "markdown"),
         ("--csv", "", "one row an answer; sizes in bytes"),
         ("--explain", "", "each item's formula with its numbers, source and certainty"),
-        ("--plot", "FILE", "memory over time"),
+        ("--plot", "FILE", "a picture as well (.png, .svg, .html): parts, memory over the context, a training step"),
         ("-q/--quiet", "", "no notices"),
     )),
 )  # fmt: skip
