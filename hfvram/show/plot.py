@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -46,6 +47,7 @@ DARK: Final = ("weights", "cache", "gradients", "optimizer", "inputs", "rounding
 VISIBLE: Final = 0.004
 BOX: Final = {"facecolor": "white", "alpha": 0.9, "edgecolor": "none", "pad": 1.0}
 CAPACITY: Final = "#B00020"
+_RANDOM = re.compile(r'\bid="([a-z][0-9a-f]{10})"')
 WIDTH: Final = 10.0
 """Inches; 100 dots each."""
 
@@ -115,9 +117,11 @@ def _saved(figure: Figure, kind: str, description: str) -> bytes:
         figure.savefig(out, format="png", dpi=100, metadata={"Software": "hfvram", "Description": description})
         return out.getvalue()
     figure.savefig(out, format="svg", metadata={"Date": None, "Creator": "hfvram", "Description": description})
-    if kind == "svg":
-        return out.getvalue()
     text = out.getvalue().decode()
+    for n, name in enumerate(dict.fromkeys(_RANDOM.findall(text))):  # some are of addresses in memory
+        text = text.replace(name, f"{name[0]}{n:010}")
+    if kind == "svg":
+        return text.encode()
     svg = text[text.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{escape(description)}" ', 1)
     head = f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{escape(description)}</title>\n'
     view = '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
