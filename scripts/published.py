@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Hold the serving engines' figures against those that people published: logs of vLLM and SGLang.
+"""Hold the serving engines' figures against those that people published: logs of vLLM, SGLang and llama.cpp.
 
     python scripts/published.py [fixtures/published] [--engine vllm] [--rows] [--markdown] [--require]
 
@@ -12,6 +12,10 @@ models.jsonl) or a .tsv with a figure a row (id, model_hub_id, settings, what, v
     weights   what the engine says it loaded: within 0.01 GiB
     pool      the pool that is left of the GPU, nothing given but the settings, and its tokens
     …         activations, memory outside PyTorch, CUDA graphs
+    compute   llama.cpp's compute buffer; the most that it may be where an older build has the logits of all tokens
+
+Of llama.cpp `part` says which of its caches is meant: layers that see all tokens (non-SWA), a window (SWA), or one more
+layer that predicts ahead (MTP layer), with which 1 + mtp_n_max copies of a state are kept.
 
 Rows of other versions than the one modelled count for cache, tokens, state and weights alone. A model is read from the
 catalogue, from models.jsonl beside the table (like another one but for some keys), or from --configs FOLDER. With
@@ -35,21 +39,25 @@ from hfvram.answer.estimate import Estimate, Serving
 from hfvram.answer.question import Session
 from hfvram.errors import HfvramError
 from hfvram.memory.serving import MODELLED
+from hfvram.memory.serving.llama_cpp import LARGEST_CONTEXT_BYTES
 from hfvram.read.catalogue import lookup
 from hfvram.request import CHOICES, Request
 
 OWN = Path(__file__).parents[1] / "fixtures" / "published"
 UNITS = {"GiB": 1 << 30, "MiB": 1 << 20, "GB(GiB)": 1 << 30, "MB(MiB)": 1 << 20}
-NAMES = {"max_model_len": "ctx"}
+NAMES = {
+    "max_model_len": "ctx", "n_seq_max": "max_num_seqs", "cells": "max_num_seqs", "n_ubatch": "max_num_batched_tokens",
+}  # fmt: skip
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 WHAT = {
     "weights_bytes": "weights", "activation_peak": "activations", "non_torch_bytes": "non_torch",
-    "cuda_graph_bytes": "graphs", "max_tokens": "tokens", "cpu_blocks_in_4GiB": "blocks_in_4_GiB",
+    "cuda_graph_bytes": "graphs", "compute_buffer": "compute", "max_tokens": "tokens",
+    "cpu_blocks_in_4GiB": "blocks_in_4_GiB",
 }  # fmt: skip
 """Figures by the names of a .tsv, in the words of runs.jsonl."""
 ASKED = (
     *("ctx", "dtype", "quant", "kv_dtype", "tp", "pp", "gpu", "gpu_memory_utilization", "mem_fraction_static"),
-    *("max_num_seqs", "max_num_batched_tokens", "enforce_eager"),
+    *("max_num_seqs", "max_num_batched_tokens", "enforce_eager", "attention"),
 )
 """Settings that are asked for as they stand; the others are sizes that a run printed."""
 REST = {"activations": "activation_bytes", "non_torch": "non_torch_bytes", "graphs": "graph_bytes"}
@@ -75,7 +83,7 @@ class Score:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("table", nargs="?", default=str(OWN), type=Path)
-    parser.add_argument("--engine", choices=("vllm", "sglang"))
+    parser.add_argument("--engine", choices=("vllm", "sglang", "llama.cpp"))
     parser.add_argument("--configs", type=Path, help="folder of ORG__NAME.json for models that nothing else knows")
     parser.add_argument("--rows", action="store_true", help="every row, not only the table")
     parser.add_argument("--markdown", action="store_true")
@@ -115,11 +123,28 @@ def runs(path: Path) -> Iterator[Run]:
         for row in csv.DictReader(opened, delimiter="\t"):
             settings = json.loads(row["settings"])
             engine = str(settings.get("engine", ""))
+            if engine.startswith("llama.cpp"):
+                what = "state" if row["what"] == "state_bytes" else figure(row["what"], settings, engine)
+                model = row["model_hub_id"].partition(" ")[0]
+                yield Run(row["id"], engine, model, llama_words(settings), {what: value(row)})
             if engine.startswith(("vllm", "sglang")):
-                printed = {figure(row["what"], settings, engine): f"{row['value']} {row['unit']}"}
+                printed = {figure(row["what"], settings, engine): value(row)}
                 if "max_concurrency" in settings:
                     printed["concurrency"] = str(settings["max_concurrency"])
                 yield Run(row["id"], engine, row["model_hub_id"], words(settings), printed)
+
+
+def value(row: dict[str, str]) -> str:
+    """A figure of a .tsv as printed."""
+    return f"{row['value']} {row['unit']}"
+
+
+def llama_words(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of llama.cpp in a .tsv in the words of runs.jsonl."""
+    found = {NAMES.get(k, k): v for k, v in settings.items() if v is not None}
+    if settings.get("flash_attn") is False:
+        found["attention"] = "eager"
+    return found
 
 
 def figure(what: str, settings: dict[str, Any], engine: str) -> str:
@@ -131,7 +156,7 @@ def figure(what: str, settings: dict[str, Any], engine: str) -> str:
         return WHAT.get(name, name)
     if "K only" in what:
         return "keys"
-    counted = engine.startswith("sglang") or ("blocks" in settings and "kv_tokens" not in settings)
+    counted = engine.startswith(("sglang", "llama.cpp")) or ("blocks" in settings and "kv_tokens" not in settings)
     return "cache" if counted else "pool"
 
 
@@ -191,6 +216,8 @@ def asked(run: Run, quantized: bool) -> dict[str, Any]:
     found = {k: v for k, v in run.settings.items() if k in valid and v is not None}
     if run.engine.startswith("sglang"):
         found.pop("gpu_memory_utilization", None)
+    if not run.engine.startswith("llama.cpp"):
+        found.pop("attention", None)
     if found.get("dtype") not in CHOICES["dtype"]:
         found.pop("dtype", None)
     return {**found, "engine": run.engine.partition(" ")[0]}
@@ -199,6 +226,8 @@ def asked(run: Run, quantized: bool) -> dict[str, Any]:
 def compared(run: Run, answer: Estimate) -> list[Score]:
     """The scores of one run."""
     s, settings, engine = answer.serving, run.settings, answer.request.engine
+    if engine == "llama.cpp":
+        return compared_buffers(run, answer)
     assert s is not None
     current = run.engine == f"{engine} {MODELLED[engine]}" or run.engine.startswith(f"{engine} {MODELLED[engine]} ")
     row = s.block_bytes + round(s.kv_bytes_per_token * 16)
@@ -243,6 +272,37 @@ def compared(run: Run, answer: Estimate) -> list[Score]:
         elif what in REST and current:
             add(what, published, getattr(s, REST[what]))
     return found
+
+
+def compared_buffers(run: Run, answer: Estimate) -> list[Score]:
+    """The scores of one run of llama.cpp, whose log prints each buffer."""
+    held: dict[str, int] = defaultdict(int)
+    layers: dict[str, int] = defaultdict(int)
+    for item in (*answer.items, *answer.offloaded):
+        held[item.name.removeprefix("cache: ")] += item.bytes
+        if found := re.search(r"× (\d+) layer", item.formula):
+            layers[item.name.removeprefix("cache: ")] += int(found[1])
+    full, window = held["full attention"] + held["latent attention"], held["sliding window"]
+    caches = {"non-SWA": full, "SWA": window, "MTP layer": full // max(layers["full attention"], 1)}
+    ours = {
+        "cache": caches.get(str(run.settings.get("part")), full + window),
+        "state": held["recurrent states"] * (1 + run.settings.get("mtp_n_max", 0)),
+        "weights": answer.weights_bytes,
+        "compute": answer.activations_bytes,
+    }
+    if not re.search(r" (b1\d{4}|2026)", run.engine):  # builds that compute the logits of all tokens
+        beside = answer.peak_allocated_bytes - answer.activations_bytes + LARGEST_CONTEXT_BYTES
+        ours["compute"] = answer.interval.high_bytes - beside
+    scores = []
+    for what, text in run.printed.items():
+        number, _, unit = text.partition(" ")
+        scale = UNITS[unit]
+        published, half = float(number) * scale, 0.505 * 10.0 ** -len(number.partition(".")[2]) * scale
+        if ours.get(what):  # of a cache there is none in encoders, which had one until March 2025
+            agrees = abs(ours[what] - published) <= half if what != "compute" else None
+            name = "compute, at the most" if what == "compute" and ours[what] != answer.activations_bytes else what
+            scores.append(Score(run.id, "llama.cpp", name, published, ours[what], agrees))
+    return scores
 
 
 def printed_size(settings: dict[str, Any], s: Serving, engine: str) -> float:

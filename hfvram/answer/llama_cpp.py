@@ -21,6 +21,7 @@ from hfvram.memory.timeline import Certainty
 from hfvram.model.identify import Model
 from hfvram.read.checkpoint import StoredTensor
 from hfvram.request import Request
+from hfvram.units import gib
 
 PROJECT: Final = f"llama.cpp {MODELLED[ENGINE]}"
 BASIS: Final = "weights and cache are exact; compute buffers differ between builds, the context between GPUs: a guess"
@@ -124,7 +125,8 @@ def _items(found: LlamaPlan, request: Request, certainty: Certainty) -> Iterator
             name="compute buffer",
             category="activations",
             bytes=found.compute_bytes,
-            formula=f"masks and the widest layer for {options(request).cells.ubatch:,} tokens at a time",
+            formula=f"masks and the widest layer for {options(request).cells.ubatch:,} tokens at a time; "
+            f"by build {gib(found.compute_low_bytes)} to {gib(found.compute_high_bytes)}, then with all logits",
             source=f"{PROJECT}: src/llama-context.cpp",
             certainty="guess",
         )

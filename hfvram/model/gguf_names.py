@@ -48,8 +48,9 @@ RECURRENT = (
 
 
 def tensors(a: Architecture) -> tuple[Tensor, ...]:
-    """Every tensor of the text model. Towers are another file's."""
-    found = [t for p in a.text.before for t in _plain(p, _embedding(p, a))]
+    """Every tensor of the text model but the pooler. Towers are another file's."""
+    before = [(p, _embedding(p, a)) for p in a.text.before]
+    found = [t for p, name in before for t in _plain(p, name, fp32=name == "position_embd")]
     for i, layer in enumerate(a.text.layers):
         found += [t._replace(name=f"blk.{i}.{t.name}") for t in _layer(layer, a.model_type)]
     found += [t for p in a.text.after for t in _plain(p, "output_norm")]
@@ -109,7 +110,7 @@ def _experts(feed: MixtureOfExperts) -> Iterator[Tensor]:
 
 
 def _plain(p: Param, name: str, fp32: bool = False) -> Iterable[Tensor]:
-    if p.kind == "buffer":
+    if p.kind == "buffer" or "pooler" in p.name:
         return ()
     end = "bias" if p.kind == "bias" or (len(p.shape) < 2 and "bias" in p.name) else "weight"
     return (Tensor(f"{name}.{end}", p.shape, fp32 or len(p.shape) < 2),)
