@@ -32,8 +32,11 @@ def build(
     trust_remote_code: bool = False,
     path: str | None = None,
     attention: str | None = None,
+    device: str = "meta",
 ) -> Any:
     """The model of a `config.json` on the meta device, in `dtype` (`bf16`, `fp16`, `fp32`), as a torch module.
+
+    On another `device` it has random weights.
 
     The class is the one named, else the first of `architectures` that transformers exports, else what AutoModel takes.
     With `trust_remote_code` the code beside the configuration at `path` (a folder or an id) is run. Raises
@@ -52,7 +55,7 @@ def build(
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
-        with warnings.catch_warnings(action="ignore"), torch.device("meta"):
+        with warnings.catch_warnings(action="ignore"), torch.device(device):
             if remote:
                 return build_remote(str(path), getattr(torch, DTYPES[dtype]))
             config = configuration(config_values)

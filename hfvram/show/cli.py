@@ -298,19 +298,23 @@ def _measure(ctx: click.Context, /, models: tuple[str, ...], **values: Any) -> i
 
     given = {k: v for k, v in values.items() if ctx.get_parameter_source(k) is click.core.ParameterSource.COMMANDLINE}
     output = {k for k in OUTPUT if given.get(k)}
-    if wrong := output - {"json", "quiet"}:
+    logged = "read_log" in given
+    if wrong := output - {"json", "quiet"} - (set() if logged else {"explain"}):
         raise HfvramError("usage", f"--{min(wrong)}: hfvram measure prints a table, or with --json an object")
     source = {k: v for k, v in given.items() if k in SOURCE}
     own = ("read_log", "save", "snapshot")
     asked = {k: v for k, v in given.items() if k not in SOURCE + OUTPUT + own}
-    if "read_log" not in given:
-        raise HfvramError(
-            "usage", f"hfvram measure on a GPU is not supported yet by hfvram {__version__}: --read-log FILE"
-        )
-    found = measure.from_log(given["read_log"], models, asked, source)
-    for message in () if "quiet" in output else found.warnings:
+    width = terminal()[0]
+    if logged:
+        told = measure.from_log(given["read_log"], models, asked, source)
+        notes, shown = told.warnings, measure.log_text(told, output, width)
+    else:
+        with waiting("measuring", quiet="quiet" in output):
+            found = measure.on_gpu(models, asked, source, given.get("save"), given.get("snapshot"))
+        notes, shown = found.warnings, measure.gpu_text(found, output, width)
+    for message in () if "quiet" in output else notes:
         _note(message)
-    measure.echo_log(found, output, terminal()[0])
+    click.echo(shown)
     return EXIT_OK
 
 
@@ -372,13 +376,16 @@ COMMANDS = {
     "measure": click.Command(
         "measure",
         callback=_measure,
-        help="Set the estimate against what a log of vLLM, SGLang or llama.cpp, or an out-of-memory message of PyTorch "
-        "says. MODEL and options (all of hfvram's) win over what the log tells.",
+        help="Run the request on the local GPU, on a model with random weights, and set predicted against measured. "
+        "Or, with --read-log, set the estimate against what a log of vLLM, SGLang or llama.cpp, or an out-of-memory "
+        "message of PyTorch says: MODEL and options (all of hfvram's) win over what the log tells.",
         params=[
             click.Argument(["models"], nargs=-1, metavar="[MODEL]"),
             click.Option(
                 ["--read-log"], metavar="FILE", help="a start-up log or an out-of-memory message (- for stdin)"
             ),
+            click.Option(["--save"], metavar="FILE", help="append the measurement as a line of JSON"),
+            click.Option(["--snapshot"], metavar="FILE", help="every allocation, for PyTorch's viewer of memory"),
             *_hidden(options()),
         ],
     ),

@@ -127,7 +127,7 @@ class GroupedCommand(click.Command):
                     ("hfvram batch FILE", "a JSON request a line, an answer a line"),
                     ("hfvram card MODEL", "the section on memory for a model card: printed, kept in a file, proposed"),
                     ("hfvram gpus [TEXT]", "the GPUs known by name"),
-                    ("hfvram measure", "--read-log FILE: the estimate against a log or an out-of-memory message"),
+                    ("hfvram measure", "predicted against measured, on the local GPU or by --read-log FILE"),
                     ("hfvram web", "the same as a page"),
                     ("--version, --help", ""),
                 ]
