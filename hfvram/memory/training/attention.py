@@ -20,6 +20,7 @@ from hfvram.model.layers import Attention
 SDPA = "transformers 5.17: sdpa_attention.py; PyTorch 2.11: transformers/cuda/sdp_utils.cpp"
 QUERY = Tag("queries", "activations", "b·s·a·d·e", LLAMA)
 KEY_VALUE = Tag("keys and values", "activations", "b·s·a_kv·d·e", LLAMA)
+GATE = Tag("gate of attention's output", "activations", "b·s·a·d·e", "transformers 5.17: Qwen3NextAttention.forward")
 OUT = Tag("attention output", "activations", "b·s·a·d·e", SDPA)
 REPEATED = Tag("keys and values repeated for every head", "activations", "b·s·a·d·e", SDPA)
 CACHED = Tag("keys and values, cached", "activations", "b·s·a_kv·d·e", "transformers 5.17: cache_utils.py")
@@ -37,7 +38,7 @@ Attended = tuple[Tensor, Tensor | None]
 
 def attention(t: Tape, part: Attention, w: Weights, x: Tensor, around: Surroundings) -> Attended:
     """Self-attention of one layer over its normed input (b, s, h)."""
-    if part.output_gate or part.sinks or part.relative_bias or part.position_bias or part.groups != "gqa":
+    if part.sinks or part.relative_bias or part.position_bias or part.groups != "gqa":
         raise unknown(f"attention of {around.class_name}")
     kind = around.kind
     if part.clips and kind.projects != "first":
@@ -46,7 +47,15 @@ def attention(t: Tape, part: Attention, w: Weights, x: Tensor, around: Surroundi
     x = enter(t, x, w.params())
     b, s = x.shape[0], length(t, x)
     d, dv = part.head_dim, part.value_dim
-    if part.fused_qkv:
+    gate = None
+    if part.output_gate:
+        q, gate = op.split(t, op.reshape(t, w.linear(t, x, QUERY), b, s, -1, 2 * d), -1, d, d)
+        gate = op.reshape(t, gate, b, s, -1, tag=GATE)
+        q = op.transpose(t, normalize(t, q, w.norm(), "rms", around.kind.norm), 1, 2)
+        k = op.reshape(t, w.linear(t, x, KEY_VALUE), b, s, -1, d)
+        k = op.transpose(t, normalize(t, k, w.norm(), "rms", around.kind.norm), 1, 2)
+        v = op.transpose(t, op.reshape(t, w.linear(t, x, KEY_VALUE), b, s, -1, dv), 1, 2)
+    elif part.fused_qkv:
         fused = w.linear(t, x, QUERY)
         q = op.narrow(t, fused, 2, part.heads * d)
         k = op.narrow(t, fused, 2, part.kv_heads * d)
@@ -114,6 +123,8 @@ def attention(t: Tape, part: Attention, w: Weights, x: Tensor, around: Surroundi
         k, v = _cached(t, k, k.dtype), _cached(t, v, k.dtype)
     out, weights = attend(t, part, q, k, v, around)
     out = op.dense(t, op.reshape(t, out, b, s, -1, tag=OUT), OUT)
+    if gate is not None:
+        out = op.mul(t, out, op.of_output(t, gate, GATE), GATE)
     out = leave(t, w.linear(t, out, PROJECTED))
     return op.dropout(t, out, around.dropout.residual if kind.drops_inside else 0, DROPPED), weights
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Final
 
 from hfvram.memory.timeline import Tag
-from hfvram.memory.training import bert, gpt, opt, selection, sequence_parallel, t5
+from hfvram.memory.training import bert, gpt, gpt_oss, opt, selection, sequence_parallel, t5
 from hfvram.memory.training import operators as op
 from hfvram.memory.training.attention import attention
 from hfvram.memory.training.blocks import DROPPED, HIDDEN, normalize, unknown
@@ -30,6 +30,7 @@ from hfvram.model.layers import (
     Attention,
     Dropout,
     FeedForward,
+    GatedDeltaNet,
     LatentAttention,
     Layer,
     Mamba1,
@@ -151,7 +152,7 @@ def decode(
     if received is None:
         hidden = op.dropout(t, hidden, around.dropout.embedding, EMBEDDED)
     held = around.positions
-    if not around.packs and kind.counts and not kind.masks_first:
+    if not around.packs and kind.counts and kind.masks_know and not kind.masks_first:
         around.positions = None  # layers are not given them
     first = [hidden]
     del hidden  # the first layer's input is nobody's once that layer is done
@@ -247,7 +248,7 @@ def run_layer(t: Tape, layer: Layer, blocks: Blocks, hidden: Tensor, around: Sur
     size = len(blocks.own) // (parts * (2 if layer.norm_position == "both" else 1))
     (mixer,), (leaves,) = layer.mixers, blocks.mixers
     feed = layer.feed_forward
-    if feed is None or not isinstance(mixer, Attention | LatentAttention | Mamba1 | Mamba2 | ShortConv):
+    if feed is None or not isinstance(mixer, Attention | LatentAttention | GatedDeltaNet | Mamba1 | Mamba2 | ShortConv):
         raise unknown(f"a layer of {around.class_name}")
     before, after = layer.norm_position != "post", layer.norm_position != "pre"
     residual = hidden
@@ -319,6 +320,7 @@ LAYERS: Final[dict[str, Callable[[Tape, Layer, Blocks, Tensor, Surroundings], Te
     "norm after": bert.norm_after,
     "plain norm after": bert.plain_norm_after,
     "relative": t5.block,
+    "with sinks": gpt_oss.with_sinks,
 }
 
 

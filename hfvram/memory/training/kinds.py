@@ -16,13 +16,14 @@ Rotation = Literal[
     "part",
     "part, both",
     "fp32",
+    "halves",
     "neighbours",
     "neighbours, part",
     "neighbours, cast",
     "neighbours, fp32",
 ]
 """Rotary positions of halves: over whole heads (forward or back), over a part joined with the rest (each at once, one
-after the other, or both at the end), or in fp32 and cast back; and of neighbours, so as well."""
+after the other, or both at the end), in fp32 and cast back, or each half by itself; and of neighbours, so as well."""
 NormOrder = Literal[
     "last", "first", "between", "after each", "middle", "after the feed-forward", "before the feed-forward"
 ]
@@ -61,6 +62,7 @@ class Kind:
         "norm after",
         "plain norm after",
         "relative",
+        "with sinks",
     ] = "residual"
     sums: Literal["branches first", "residual first"] = "residual first"
     """What a layer of two branches over one norm adds up first."""
@@ -80,7 +82,9 @@ class Kind:
     shifts: bool = True
     """What is counted is shifted by the cache's length (Bamba: not)."""
     packs: bool = True
-    """The mask is made with those positions (Granite 4: without)."""
+    """The mask is made with those positions, and layers are given them (Granite 4: neither)."""
+    masks_know: bool = True
+    """The mask is (gpt-oss: not, though layers are given them)."""
     transposed: bool = False
     """Linear layers are `Conv1D`."""
     own_softmax: bool = False
@@ -115,7 +119,10 @@ class Kind:
     """That norm has a bias and is one for all heads; else a LayerNorm is one for each."""
     drops_inside: bool = False
     """The attention itself drops what it returns."""
-    router: Literal["probabilities", "cast back", "flat, cast back", "chosen first", "greedy", "balanced"] | None = None
+    router: (
+        Literal["probabilities", "cast back", "flat, cast back", "chosen first", "chosen alone", "greedy", "balanced"]
+        | None
+    ) = None
     """How experts are chosen: `routing.ROUTERS`."""
     shared: Literal["first", "weighted", "last", "last, flat first"] = "first"
     """Shared experts run before the routed ones, weighted by a gate of their own (Qwen2) or not,
@@ -136,6 +143,8 @@ _ROBERTA = replace(_BERT, embedding="counted positions", head_gelu=True)
 _GEMMA = Kind(norm="plus one", scaled="first", scales_itself=True)
 
 _MAMBA = Kind(norms="first", layer="state space", counts=False, wide_logits=True)
+
+_QWEN35 = Kind(norm="plus one", rotates="part", router="cast back", shared="weighted", angles="in three, woven")
 
 KINDS: Final[dict[str, Kind]] = {
     "llama": _LLAMA,
@@ -186,6 +195,10 @@ KINDS: Final[dict[str, Kind]] = {
         router="chosen first",
         shared="last, flat first",
     ),
+    "qwen3_vl_moe_text": Kind(angles="in three, woven", router="cast back"),
+    "qwen3_next": Kind(norm="plus one", rotates="part", router="cast back", shared="weighted", balance=True),
+    "qwen3_5_text": _QWEN35,
+    "qwen3_5_moe_text": _QWEN35,
     "lfm2": _LLAMA,
     "smollm3": _LLAMA,
     "opt": Kind(layer="flattened", embedding="counted ones", counts=False, norms="after each", final_first=True),
@@ -220,11 +233,22 @@ KINDS: Final[dict[str, Kind]] = {
     "deepseek_v3": Kind(router="balanced", shared="last"),
     "glm4_moe_lite": Kind(router="balanced", shared="last"),
     "glm4_moe": Kind(router="balanced", shared="last", rotates="part", qk="all projected"),
+    "gpt_oss": Kind(
+        norm="weight in fp32",
+        layer="with sinks",
+        rotates="halves",
+        masks="both",
+        masks_know=False,
+        router="chosen alone",
+    ),
     "granitemoe": Kind(scaled="after masks", multiplied=True, norms="middle", router="chosen first"),
 }
 
 
-WITH_TOWERS: Final = ("gemma3", "llava", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+WITH_TOWERS: Final = (
+    *("gemma3", "llava", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
+    *("qwen3_5", "qwen3_5_moe", "qwen3_vl_moe"),
+)
 """Types whose nested language model trains as it does alone; text alone is trained on."""
 
 

@@ -38,6 +38,8 @@ def mixture(t: Tape, part: MixtureOfExperts, leaves: Sequence[Leaf], x: Tensor, 
     if kind.router is None or part.every_token or not part.fused or part.latent_size:
         raise unknown(f"the experts of {around.class_name}")
     route = ROUTERS[kind.router]
+    if part.expert_bias:
+        raise unknown(f"biases of the experts of {around.class_name}")
     own = [leaf for leaf in leaves if leaf.param.kind == "experts"]
     shared = Weights([leaf for leaf in leaves if "shared" in leaf.param.name])
     (router,) = [leaf for leaf in leaves if leaf not in own and "shared" not in leaf.param.name]
@@ -91,10 +93,11 @@ def experts(
     ranks: int = 1,
 ) -> Tensor:
     """Tokens sorted by expert, the experts' products over them, weighted and put back in order; of several `ranks`
-    sent to the ranks of their experts between, and back."""
+    sent to the ranks of their experts between, and back. Experts with biases have matrices that are not turned."""
     n, k = chosen.shape
     size = n * k
-    down, up = Wrapped(t, own[1]), Wrapped(t, own[0])
+    biased = 2 if part.expert_bias else 1
+    down, up = Wrapped(t, own[biased]), Wrapped(t, own[0])
     flat_weights = op.reshape(t, weights, size)
     by_expert, order = t.new((size,), "int64", None, ORDER), t.new((size,), "int64", None, ORDER)
     t.moment(size * 8, size * 8)  # of the sort
@@ -105,13 +108,16 @@ def experts(
     ends = t.new((part.experts,), "int32", None, ORDER)
     beyond = t.new((size,), "bool", None, ORDER).as_((size, 1), (1, 1))
     first = up.weight(t)
+    biases = selection.rows(t, own[1].tensor, by_expert, EXPERT) if part.expert_bias else None
     if ranks > 1:
         tokens = _by_expert(t, selection.exchange(t, tokens, SENT), first)
     tokens = selection.masked_in_place(t, tokens, beyond)
-    out = _product(t, tokens, first, ends, EXPERT)
+    out = _product(t, tokens, first, ends, EXPERT, biases)
     out = selection.masked(t, out, beyond, EXPERT)
     out = _apply(t, part, out)
-    out = _product(t, out, down.weight(t), ends, CHOSEN)
+    last = down.weight(t)
+    biases = selection.rows(t, own[3].tensor, by_expert, CHOSEN) if part.expert_bias else None
+    out = _product(t, out, last, ends, CHOSEN, biases)
     out = selection.masked(t, out, beyond, CHOSEN)
     if ranks > 1:
         out = selection.exchange(t, _by_expert(t, out, first), SENT)
@@ -133,13 +139,27 @@ def _by_expert(t: Tape, x: Tensor, weight: Tensor) -> Tensor:
     return selection.rows(t, x, t.new((x.shape[0],), "int64", None, ORDER), CHOSEN)
 
 
-def _product(t: Tape, x: Tensor, weight: Tensor, ends: Tensor, tag: Tag) -> Tensor:
+def _product(t: Tape, x: Tensor, weight: Tensor, ends: Tensor, tag: Tag, biases: Tensor | None = None) -> Tensor:
+    if biases is not None:
+        out = selection.grouped_product(t, op.to(t, x, weight.dtype, tag), weight, ends, False, tag)
+        return op.add_in_place(t, out, biases)
     turned = op.transpose(t, weight, 1, 2)
     return selection.grouped_product(t, op.to(t, x, weight.dtype, tag), turned, ends, True, tag)
 
 
 def _apply(t: Tape, part: MixtureOfExperts, both: Tensor) -> Tensor:
+    if part.expert_bias:
+        return _clamped_gate(t, both)
     if not part.gated:
         return activate(t, both, part.activation)
     gate, up = op.split(t, both, -1, part.intermediate_size, part.intermediate_size)
     return op.mul(t, activate(t, gate, part.activation), up, PRODUCT)
+
+
+def _clamped_gate(t: Tape, both: Tensor) -> Tensor:
+    """(clamp(up) + 1) · gate · sigmoid(1.702·gate) of a clamped gate, in turns (`GptOssExperts._apply_gate`)."""
+    gate, up = selection.every_second(t, both), selection.every_second(t, both)
+    gate = op.clamp(t, gate, False, PRODUCT)
+    up = op.clamp(t, up, True, PRODUCT)
+    glu = op.mul(t, gate, op.of_output(t, op.scale(t, gate, PRODUCT), PRODUCT), PRODUCT)
+    return op.mul(t, op.shift(t, up, PRODUCT), glu, PRODUCT)

@@ -119,9 +119,10 @@ def _expanded(shape: Shape, t: Tape, saved: Saved, grads: Grads) -> Found:
     return (grad if grad.shape == shape else t.sum_to(grad, shape),)
 
 
-def narrow(t: Tape, x: Tensor, dim: int, size: int) -> Tensor:
-    """A slice of `size` along a dimension; its gradient is as large as the whole. All of it is itself."""
-    if x.shape[dim] == size:
+def narrow(t: Tape, x: Tensor, dim: int, size: int, from_end: bool = False) -> Tensor:
+    """A slice of `size` along a dimension; its gradient is as large as the whole. All of it is itself, unless it is
+    asked for from the end."""
+    if x.shape[dim] == size and not from_end:
         return x
     node = t.record(partial(_narrowed, x.shape), (x,))
     shape = list(x.shape)
@@ -344,6 +345,18 @@ def of_input(t: Tape, x: Tensor, tag: Tag | None = None) -> Tensor:
     return attach(t.elementwise(x, tag=tag), node)
 
 
+def softplus(t: Tape, x: Tensor, tag: Tag | None = None) -> Tensor:
+    """log(1 + exp(x)), whose gradient lies as the one that comes; on meta as x."""
+    node = t.record(_softplus, (x,), x)
+    return attach(t.elementwise(x, tag=tag), node)
+
+
+def _softplus(t: Tape, saved: Saved, grads: Grads) -> Found:
+    (x,) = saved
+    assert x is not None
+    return (t.elementwise(x, first(grads)) if t.on_meta else t.elementwise(first(grads), x),)
+
+
 def of_output(t: Tape, x: Tensor, tag: Tag | None = None) -> Tensor:
     """A function whose gradient needs its output: tanh, sigmoid, ReLU; one kernel each way."""
     node = t.record(_from_saved, (x,))
@@ -372,6 +385,23 @@ def _clipped(t: Tape, saved: Saved, grads: Grads) -> Found:
     held = t.new((), x.dtype), t.like(x, "bool"), t.like(x, "bool")
     out = t.elementwise(first(grads), held[1])
     del held
+    return (out,)
+
+
+def clamp(t: Tape, x: Tensor, both: bool, tag: Tag | None = None) -> Tensor:
+    """Cut off at a largest number, or at `both` ends: a copy; its input is kept."""
+    node = t.record(partial(_clamped, both), (x,), x)
+    return attach(t.elementwise(x, tag=tag), node)
+
+
+def _clamped(both: bool, t: Tape, saved: Saved, grads: Grads) -> Found:
+    (x,) = saved
+    assert x is not None
+    zero = t.new((), first(grads).dtype)
+    inside = t.elementwise(x, dtype="bool")
+    other = t.elementwise(x, dtype="bool") if both else None
+    out = t.elementwise(first(grads), inside)
+    del zero, inside, other
     return (out,)
 
 

@@ -151,6 +151,20 @@ def _turned(t: Tape, x: Tensor) -> Tensor:
     return op.reshape(t, op.stack(t, (op.negative(t, x2, ROTARY), x1), ROTARY), *x.shape)
 
 
+def rotate_halves(t: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Each half rotated by itself, the angles of one of them given, and both joined (gpt-oss)."""
+    q_embed = _rotated_halves(t, q, cos, sin)
+    return q_embed, _rotated_halves(t, k, cos, sin)
+
+
+def _rotated_halves(t: Tape, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    x1, x2 = op.split(t, x, -1, half, half)
+    first = op.subtract(t, op.mul(t, x1, cos, ROTARY), op.mul(t, x2, sin, ROTARY), ROTARY)
+    second = op.add(t, op.mul(t, x2, cos, ROTARY), op.mul(t, x1, sin, ROTARY), ROTARY)
+    return op.cat(t, (first, second), -1, ROTARY)
+
+
 def far(t: Tape, q: Tensor) -> Tensor:
     """Queries times 1 + β·log(1 + ⌊position / original length⌋), worked out in every layer (Ministral 3)."""
     s = q.shape[2]
@@ -170,6 +184,7 @@ ROTATE: Final[dict[str, Rotate]] = {
     "part": rotate_part,
     "part, both": rotate_part_both,
     "fp32": rotate_wide,
+    "halves": rotate_halves,
     "neighbours": rotate_neighbours,
     "neighbours, part": rotate_neighbours_part,
     "neighbours, cast": rotate_neighbours_cast,

@@ -9,6 +9,7 @@ from typing import Final
 from hfvram.memory.timeline import Tag
 from hfvram.memory.training import operators as op
 from hfvram.memory.training import selection
+from hfvram.memory.training.states import Weights
 from hfvram.memory.training.tape import Tape
 from hfvram.memory.training.tensors import Storage, Tensor
 from hfvram.memory.training.wrapped import Wrapped
@@ -57,6 +58,13 @@ def chosen_first(t: Tape, part: MixtureOfExperts, w: Wrapped, x: Tensor) -> Rout
     logits = op.to(t, op.linear(t, x, w.weight(t), None, LOGITS), "fp32", SCORES)
     top, chosen = selection.top_k(t, logits, part.top_k, CHOICE)
     return logits, op.to(t, op.softmax(t, top, None, CHOICE), x.dtype, CHOICE), chosen
+
+
+def chosen_alone(t: Tape, part: MixtureOfExperts, w: Weights, x: Tensor) -> Routed:
+    """The same in the logits' dtype, of a router with a bias (gpt-oss)."""
+    logits = op.linear(t, x, w.take(), w.take(), LOGITS)
+    top, chosen = selection.top_k(t, logits, part.top_k, CHOICE)
+    return logits, op.softmax(t, top, top.dtype, CHOICE), chosen
 
 
 def greedy(t: Tape, part: MixtureOfExperts, w: Wrapped, x: Tensor) -> Routed:

@@ -30,6 +30,15 @@ def largest(t: Tape, x: Tensor, tag: Tag | None = None) -> tuple[Tensor, Tensor]
     return attach(values, node), places
 
 
+def maximum(t: Tape, x: Tensor, tag: Tag | None = None) -> Tensor:
+    """The largest of each row, whose dimension stays with one element."""
+    node = t.record(partial(_placed, x.shape), (x,))
+    shape = (*x.shape[:-1], 1)
+    values, places = t.new(shape, x.dtype, None, tag), t.new(shape, "int64", None, tag)
+    t.keep(node, places)
+    return attach(values, node)
+
+
 def _placed(shape: Shape, t: Tape, saved: Saved, grads: Grads) -> Found:
     """Put into zeros, on meta not in place."""
     zeros = t.new(shape, first(grads).dtype)
@@ -173,16 +182,21 @@ def filled(t: Tape, shape: Shape, parts: Sequence[Tensor], tag: Tag | None = Non
     """A new tensor into which parts are copied along the last dimension."""
     out = t.new(shape, parts[0].dtype, None, tag)
     for part in parts:
-        node = t.record(partial(_copied, shape, part.shape[-1], part.dtype, out.node is not None), (out, part))
-        out = attach(out.alias(), node)
+        out = put(t, out, part)
     return out
 
 
-def _copied(shape: Shape, width: int, dtype: str, before: bool, t: Tape, saved: Saved, grads: Grads) -> Found:
+def put(t: Tape, out: Tensor, part: Tensor) -> Tensor:
+    """`out`, into a place of which a part was copied."""
+    node = t.record(partial(_copied, out.shape, part.shape, part.dtype, out.node is not None), (out, part))
+    return attach(out.alias(), node)
+
+
+def _copied(shape: Shape, of: Shape, dtype: str, before: bool, t: Tape, saved: Saved, grads: Grads) -> Found:
     """The whole gradient is copied, its slice again; what stood there before has zeros."""
     grad = first(grads)
     whole = t.new(shape, grad.dtype)
-    part = t.new((*shape[:-1], width), grad.dtype)
+    part = t.new(of, grad.dtype)
     zeros = t.new(part.shape, part.dtype) if before else None
     found = part if part.dtype == dtype else t.like(part, dtype)
     del zeros

@@ -9,6 +9,7 @@ from hfvram.memory.training.attention import Attended, attention
 from hfvram.memory.training.blocks import NORMED, normalize, unknown
 from hfvram.memory.training.chunk_scan import mamba2
 from hfvram.memory.training.chunk_scan_fallback import mamba2_fallback
+from hfvram.memory.training.delta_net import delta_net
 from hfvram.memory.training.feed_forward import feed_forward
 from hfvram.memory.training.mamba import pieces
 from hfvram.memory.training.selective_scan import mamba
@@ -17,7 +18,7 @@ from hfvram.memory.training.states import Blocks, Weights
 from hfvram.memory.training.surroundings import Surroundings
 from hfvram.memory.training.tape import Tape
 from hfvram.memory.training.tensors import Tensor
-from hfvram.model.layers import Attention, FeedForward, Layer, Mamba1, Mamba2, Mixer, ShortConv
+from hfvram.model.layers import Attention, FeedForward, GatedDeltaNet, Layer, Mamba1, Mamba2, Mixer, ShortConv
 
 STREAM = Tag("hidden states", "activations", "b·s·h·4", "transformers 5.17: MambaBlock.forward, residual_in_fp32")
 
@@ -45,6 +46,8 @@ def mix(t: Tape, part: Mixer, w: Weights, x: Tensor, around: Surroundings) -> At
     if around.request.padding or around.request.attention == "flash_attention_2" or around.request.fsdp:
         raise unknown(f"padding, flash attention or FSDP of {around.class_name}")
     fused = around.request.kernels == "fused"
+    if isinstance(part, GatedDeltaNet):
+        return delta_net(t, part, w, x, fused, around.caches), None
     if isinstance(part, ShortConv):
         return short_convolution(t, w, x, fused), None
     if isinstance(part, Mamba1) and part.heads == 1 and (not fused or w.norms):

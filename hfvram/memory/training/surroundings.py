@@ -52,7 +52,7 @@ class Surroundings:
     def packs(self) -> bool:
         """Whether positions are looked through for packed sequences: of Qwen2-VL they have three dimensions."""
         kind = self.kind
-        return kind.counts and kind.packs and not kind.masks_first and kind.angles != "in three"
+        return kind.counts and kind.packs and kind.masks_know and not kind.masks_first and kind.angles != "in three"
 
     @property
     def caches(self) -> bool:
@@ -156,6 +156,9 @@ def angles(t: Tape, layers: list[Layer], found: Surroundings, ids: Tensor, dtype
             continue
         if any(m.rotary and m.rotary.style == "complex" for m in parts):
             found.rotary[key] = _complex_angles(t, s, key[0])
+            continue
+        if found.kind.rotates == "halves":
+            found.rotary[key] = _angles_of_halves(t, s, key[0] // 2, dtype)
             continue
         each = b if t.given else 1  # positions that are given are so for every sequence
         found.rotary[key] = _angles(t, s, key[0], "fp32" if found.kind.rotates in WIDE else dtype, each)
@@ -312,6 +315,27 @@ def _angles(t: Tape, s: int, dim: int, dtype: str, b: int = 1) -> tuple[Tensor, 
     del positions, products, both
     t.grad = grad
     return found
+
+
+def _angles_of_halves(t: Tape, s: int, half: int, dtype: str) -> tuple[Tensor, Tensor]:
+    """As `_angles`, of half a head: `GptOssRotaryEmbedding.forward`."""
+    grad, t.grad = t.grad, False
+    positions = t.new((1, 1, s), "fp32", None, ANGLES)
+    t.multiplies()
+    size, turned = (1, s, half), (s * half, 1, s)
+    products = t.new(size, "fp32", turned, ANGLES)
+    cos = t.new(size, "fp32", turned, ANGLES)
+    cos = t.new(size, "fp32", turned, ANGLES)
+    sin = t.new(size, "fp32", turned, ANGLES)
+    sin = t.new(size, "fp32", turned, ANGLES)
+    if dtype != "fp32":
+        low = t.new(size, dtype, turned, ANGLES), t.new(size, dtype, turned, ANGLES)
+        cos, sin = low
+        del low
+    del positions, products
+    t.grad = grad
+    shape, strides = (1, 1, s, half), (s * half, s * half, 1, s)
+    return cos.as_(shape, strides), sin.as_(shape, strides)
 
 
 def _angles_in_three(t: Tape, b: int, s: int, dim: int, dtype: str, woven: bool) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ from hfvram.memory.training.tape import FLOWING, SCRATCH, Input, Tape
 from hfvram.memory.training.tensors import Storage, Tensor, contiguous
 from hfvram.memory.weights import sharded, standing
 from hfvram.model.architecture import Architecture
-from hfvram.model.layers import Attention, LatentAttention, Layer, Mamba1, Param
+from hfvram.model.layers import Attention, GatedDeltaNet, LatentAttention, Layer, Mamba1, Param
 from hfvram.request import Request
 
 PADDING = Tag("padding mask", "inputs", "b·s·8", "the batch", "exact")
@@ -176,7 +176,10 @@ def refuse(architecture: Architecture, request: Request) -> None:
     quant = architecture.quantization if request.quant == "auto" else request.quant
     if quant not in (None, "none") and not (request.mode != "train" and quant in ON_LOADING):
         raise unknown(f"--quant {quant}")
-    mixers = (m for layer in architecture.text.layers for m in layer.mixers)
+    mixers = [m for layer in architecture.text.layers for m in layer.mixers]
+    apart = (isinstance(m, GatedDeltaNet) or (isinstance(m, Attention) and (m.sinks or m.output_gate)) for m in mixers)
+    if request.tp * request.cp > 1 and any(apart):
+        raise unknown(f"--tp or --cp of {architecture.class_name}")
     if architecture.task == "causal" and any(isinstance(m, Attention) and not m.causal for m in mixers):
         raise unknown(f"attention in both directions of {architecture.class_name}")
     _refuse_flash(architecture, request)

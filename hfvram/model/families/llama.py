@@ -4,6 +4,7 @@ What each type does differently is in `styles.py`. Source: transformers 5.17, mo
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -111,16 +112,16 @@ def attention(config: Config, style: Style, hidden: int, window: int | None, rot
     extra = qk_norms(style, qk_norm, heads, kv_heads, head_dim)
     if sinks:
         facts |= {"sinks": True, "implementations": ("eager", "flash_attention_2")}
-        extra += (Param("self_attn.sinks", (heads,), "other"),)
     if style.fused_qkv:
         names = ("qkv_proj", style.out)
         return blocks.fused_attention(
             "self_attn", hidden, heads, head_dim, kv_heads, projections=names, extra=extra, **facts
         )
     projections = ("q_proj", "k_proj", "v_proj", style.out)
-    return blocks.attention(
+    part = blocks.attention(
         "self_attn", hidden, heads, head_dim, kv_heads, projections=projections, extra=extra, **facts
     )
+    return replace(part, params=(Param("self_attn.sinks", (heads,), "other"), *part.params)) if sinks else part
 
 
 def qk_norms(style: Style, over: str | None, heads: int, kv_heads: int, head_dim: int) -> tuple[Param, ...]:

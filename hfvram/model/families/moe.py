@@ -31,6 +31,8 @@ class Experts:
     shared: str = ""
     """Name of the shared experts' module, "" where there are none."""
     shared_width: Callable[[Config], int] = lambda config: 0
+    normalizes: bool = False
+    """The chosen experts' weights are divided by their sum, whatever the configuration says."""
     experts_first: bool = False
     """The experts stand before the router."""
     sparse: Callable[[Config, int], bool] = lambda config, index: True
@@ -78,7 +80,9 @@ EXPERTS: dict[str, Experts] = {
     "minimax_m2": Experts(routing_fp32=True),
     "olmoe": Experts(routing_fp32=False),
     "qwen3_moe": Experts(routing_fp32=False, width="moe_intermediate_size", experts_first=True, sparse=_qwen),
-    "qwen3_vl_moe_text": Experts(routing_fp32=False, width="moe_intermediate_size", experts_first=True, sparse=_qwen),
+    "qwen3_vl_moe_text": Experts(
+        routing_fp32=False, width="moe_intermediate_size", normalizes=True, experts_first=True, sparse=_qwen
+    ),
     "qwen2_moe": Experts(
         routing_fp32=False,
         width="moe_intermediate_size",
@@ -162,7 +166,7 @@ def mixture_of_experts(config: Config, layout: Experts, hidden: int) -> MixtureO
         router_fp32=layout.router_fp32,
         routing_fp32=layout.routing_fp32,
         expert_bias=config.model_type == "gpt_oss",
-        normalized=config.flag("norm_topk_prob"),
+        normalized=layout.normalizes or config.flag("norm_topk_prob"),
         group_limited=config.get("topk_method") == "group_limited_greedy",
         groups=config.size("n_group", default=1),
         groups_chosen=config.size("topk_group", default=1),

@@ -109,6 +109,7 @@ def delta_net(config: Config, hidden: int) -> GatedDeltaNet:
     widths = {"qkvz": 2 * keys + 2 * values, "ba": 2 * value_heads}
     if config.model_type != "qwen3_next":
         widths = {"qkv": 2 * keys + values, "z": values, "b": value_heads, "a": value_heads}
+    apart = config.model_type != "qwen3_next"
     projections = [linear(f"linear_attn.in_proj_{name}", hidden, width) for name, width in widths.items()]
     return GatedDeltaNet(
         hidden_size=hidden,
@@ -120,9 +121,10 @@ def delta_net(config: Config, hidden: int) -> GatedDeltaNet:
         fused_projection=config.model_type == "qwen3_next",
         params=others("linear_attn", {"dt_bias": (value_heads,), "A_log": (value_heads,)})
         + convolution("linear_attn.conv1d", 2 * keys + values, 1, kernel, bias=False)
-        + tuple(p for projection in projections for p in projection)
+        + (() if apart else tuple(p for projection in projections for p in projection))
         + norm("linear_attn.norm", value_dim)
-        + linear("linear_attn.out_proj", values, hidden),
+        + linear("linear_attn.out_proj", values, hidden)
+        + (tuple(p for projection in projections for p in projection) if apart else ()),
     )
 
 
@@ -142,6 +144,7 @@ def experts(config: Config, hidden: int) -> MixtureOfExperts:
         shared_intermediate_size=shared,
         activation=activation,
         routing_fp32=False,
+        normalized=config.model_type != "qwen3_next" or config.flag("norm_topk_prob"),
         params=(
             Param("mlp.gate.weight", (count, hidden), "other"),
             *fused_experts("mlp.experts", count, hidden, width),
