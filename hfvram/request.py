@@ -37,7 +37,20 @@ CHOICES: dict[str, tuple[str, ...]] = {
 PATTERNS = ("lora_targets", "freeze")
 """Options that are names, or one regular expression: text without a comma is left as it is."""
 COUNTS = (
-    *("ctx", "batch", "new_tokens", "grad_accum", "checkpoint_every", "lora_r", "gpus", "tp", "pp", "ep", "cp"),
+    *(
+        "ctx",
+        "batch",
+        "new_tokens",
+        "grad_accum",
+        "checkpoint_every",
+        "lora_r",
+        "gpus",
+        "tp",
+        "pp",
+        "pp_chunks",
+        "ep",
+        "cp",
+    ),
     *("max_num_seqs", "max_num_batched_tokens"),
 )
 """Options that are whole numbers from 1 on."""
@@ -81,6 +94,7 @@ class Request:
     tp: int = 1
     pp: int = 1
     pp_schedule: str = "1f1b"
+    pp_chunks: int = 1
     ep: int = 1
     cp: int = 1
     sp: bool = False

@@ -129,6 +129,75 @@ def test_later_microbatches_add_nothing_but_with_gpipe() -> None:
     assert saved(many)["feed-forward, product"] == 2 * saved(few)["feed-forward, product"]
 
 
+@pytest.mark.parametrize(("pp", "v", "m"), [(2, 2, 2), (2, 4, 8), (4, 2, 4), (4, 2, 16)])
+def test_what_chunks_keep(pp: int, v: int, m: int) -> None:
+    """Of 8 layers a rank has v times 8 ÷ (pp·v), and as many microbatches of each in flight as Megatron-LM warms up by
+    (and one); of those the last rank's head is passed once, the others' chunks send all that they make."""
+    for i, t in enumerate(run(LLAMA, pp=pp, pp_chunks=v, grad_accum=m)):
+        flying = min((pp - i - 1) * 2 + (v - 1) * pp + 1, m * v)
+        kept, layers, last = saved(t), 8 // (pp * v), i == pp - 1
+        assert kept["feed-forward, product"] == flying * layers * ROWS * 96 * 2
+        # Passes through the last chunk of the last rank, which end in the loss: of every group of pp·v the last pp.
+        heads = last * sum(k % (pp * v) // pp == v - 1 for k in range(flying))
+        assert kept["normalization in fp32"] == (2 * layers * flying + heads) * ROWS * 64 * 4
+        assert kept["hidden states"] == (flying - heads) * H
+        # Passes through the first chunk of the first rank start from token ids.
+        starts = (i == 0) * sum(k % (pp * v) // pp == 0 for k in range(flying))
+        assert kept.get("hidden states of the stage before", 0) == (flying - starts) * H
+
+
+@pytest.mark.parametrize("name", ["llama", "llama, tied", "mamba"])
+@pytest.mark.parametrize(("pp", "v"), [(2, 2), (2, 1)])
+def test_chunks_add_up_to_the_model(name: str, pp: int, v: int) -> None:
+    config = MODELS[name] | {"num_hidden_layers": 8}
+    architecture = infer(config)
+    found = run(config, pp=pp, pp_chunks=v, grad_accum=2)
+    twice = architecture.text.before[0].numel if not architecture.head else 0
+    assert sum(weights(t) for t in found) == weights(timeline(architecture, asked())) + 2 * twice
+    assert sum(t.gradients_bytes for t in found) == 2 * (architecture.parameters + twice)
+
+
+def test_a_first_rank_of_chunks_holds_more() -> None:
+    """1 + (p − 1)/(p·v) times as much as without (Korthikanti et al., arXiv 2205.05198, section 4.2.3)."""
+    one, two = (saved(run(LLAMA, pp=4, pp_chunks=v, grad_accum=8)[0])["feed-forward, product"] for v in (1, 2))
+    assert two == one * (1 + (4 - 1) / (4 * 2)) == one * 11 / 8
+
+
+def test_later_microbatches_add_nothing_to_chunks() -> None:
+    for rank in range(2):
+        peaks = {run(LLAMA, pp=2, pp_chunks=2, grad_accum=m)[rank].fullest_bytes() for m in (6, 8, 40)}
+        assert len(peaks) == 1
+
+
+def test_chunks_share_gradients_with_their_copies() -> None:
+    """DDP's buckets and ZeRO's shards are of all chunks of a rank."""
+    options: dict[str, Any] = {"pp": 2, "pp_chunks": 2, "grad_accum": 4, "optimizer": "adamw_torch"}
+    for one, t in zip(run(LLAMA, **options), run(LLAMA, gpus=8, **options), strict=True):
+        assert saved(t)["gradients in DDP's buckets"] == one.gradients_bytes
+    for one, t in zip(run(LLAMA, zero=1, **options), run(LLAMA, zero=1, gpus=8, **options), strict=True):
+        assert t.optimizer_bytes < one.optimizer_bytes / 3
+
+
+@pytest.mark.parametrize("options", [{}, {"pp_chunks": 2}], ids=str)
+def test_adapters_of_all_stages(options: dict[str, Any]) -> None:
+    """Stages' adapters add up to the model's; a stage keeps what its own weights' gradients would need no more."""
+    base: dict[str, Any] = {"mode": "lora", "lora_r": 4, "grad_accum": 4, "optimizer": "adamw_torch"}
+    (alone,) = formula.shares(infer(LLAMA), asked(**base))
+    found = [s.timeline for s in formula.shares(infer(LLAMA), asked(pp=2, **base, **options))]
+    assert {t.trainable_parameters for t in found} == {alone.timeline.trainable_parameters}
+    assert sum(t.gradients_bytes for t in found) == alone.timeline.gradients_bytes
+    assert sum(t.optimizer_bytes for t in found) == alone.timeline.optimizer_bytes
+    check(asked(pp=2, **base, **options))
+
+
+def test_a_padding_mask_is_every_stages() -> None:
+    """b·s·8 of tokens, and b·s·s booleans of each microbatch that is in flight, as a bias of bf16 in each layer."""
+    for i, t in enumerate(run(LLAMA, pp=2, grad_accum=4, batch=2, padding=True)):
+        kept = saved(t)
+        assert kept["padding mask"] == 2 * 32 * 8
+        assert kept["attention mask as a bias"] == (2 - i) * 4 * 2 * 32 * 32 * 2
+
+
 @pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True, "dtype": "fp32", "mixed_precision": "bf16"}])
 def test_layers_that_repeat_are_counted_as_often_as_they_stand(options: dict[str, Any]) -> None:
     request = asked(pp=2, grad_accum=4, **options)
@@ -194,10 +263,13 @@ def test_the_fullest_stage_leads() -> None:
     ("config", "options", "said"),
     [
         (LLAMA, {"pp": 9}, "--pp 9 is more than the 8 layers: valid are 1 to 8"),
+        (LLAMA, {"pp": 2, "pp_chunks": 3, "grad_accum": 2}, "8 layers are not divisible by 2·3: valid are 1, 2, 4"),
+        (LLAMA, {"pp": 3, "pp_chunks": 2, "grad_accum": 3}, "8 layers are not divisible by 3·2: valid are 1"),
+        (LLAMA, {"pp": 2, "pp_chunks": 2}, "--grad-accum 1 microbatches are not divisible by --pp 2: valid are 2, 4"),
         (MIXTRAL | {"output_router_logits": True}, {"pp": 2}, "--pp has no formula for MixtralForCausalLM with"),
         (SMALL | {"model_type": "bert", "architectures": ["BertForMaskedLM"]}, {"pp": 2}, "no formula for BertFor"),
     ],
-    ids=["more stages than layers", "a loss of all stages", "an encoder"],
+    ids=["more stages than layers", "chunks", "no chunks", "microbatches", "a loss of all stages", "an encoder"],
 )
 def test_models_that_no_formula_splits(config: dict[str, Any], options: dict[str, Any], said: str) -> None:
     with pytest.raises(HfvramError, match=said) as caught:
@@ -211,15 +283,15 @@ def test_models_that_no_formula_splits(config: dict[str, Any], options: dict[str
         ({"fsdp": "full_shard"}, "valid are --zero 1 and DDP"),
         ({"zero": 2}, "valid are --zero 1 and DDP"),
         ({"method": "simulate"}, "valid is --method formula"),
-        ({"mode": "lora"}, "valid is --mode train"),
         ({"tp": 2, "gpus": 8}, "valid is --gpus 4 without --zero"),
         ({"tp": 2, "zero": 1}, "valid is --gpus 4 without --zero"),
-        ({"padding": True}, "--padding is not supported yet"),
+        ({"pp_chunks": 2, "pp_schedule": "gpipe"}, "valid is --pp-schedule 1f1b"),
+        ({"pp": 1, "pp_chunks": 2}, "valid is --pp 2 and more"),
         ({"offload": ["activations"], "gradient_checkpointing": True}, "--offload activations is not supported yet"),
     ],
     ids=str,
 )
 def test_what_no_pipeline_goes_with(options: dict[str, Any], valid: str) -> None:
     with pytest.raises(HfvramError, match=valid) as caught:
-        check(asked(pp=2, **options))
+        check(asked(**{"pp": 2} | options))
     assert caught.value.kind == "usage"

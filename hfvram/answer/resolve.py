@@ -23,6 +23,10 @@ PIPELINE = (
     "--batch is one microbatch, --grad-accum how many there are; hidden states are received when their turn comes: "
     "PyTorch's own pipelining makes the buffers of all microbatches beforehand"
 )
+CHUNKS = (
+    "--pp-chunks as Megatron-LM interleaves: (pp − rank − 1)·2 + (chunks − 1)·pp + 1 passes through chunks are in "
+    "flight; derived, not measured"
+)
 EXPERTS = "each rank of --ep has a batch of its own; routing is taken to be balanced: as many tokens come as are sent"
 OFFLOADED = "what is offloaded comes for its own moment alone: nothing is fetched ahead or kept for the next token"
 RING = (
@@ -141,6 +145,8 @@ def _several(architecture: Architecture, request: Request, gpus: int) -> list[st
         said.append("hybrid_shard shards within nodes of 8 GPUs and replicates over nodes")
     if request.pp > 1:
         said.append(PIPELINE)
+    if request.pp_chunks > 1:
+        said.append(CHUNKS)
     if request.tp > 1 and architecture.model_type in NO_PLAN and request.method != "simulate":
         said.append(f"--tp as Megatron-LM splits: transformers has no plan for {architecture.model_type}")
     if request.ep > 1:

@@ -34,6 +34,8 @@ def check_splits(request: Request) -> None:
         raise _usage(f"--cp {request.cp} has no exact engine: valid is --method formula")
     if request.cp > 1 and zero:
         raise _usage(f"--cp {request.cp} trains with FSDP2 or replicated, not with --zero {zero}: valid is --fsdp")
+    if request.pp_chunks > 1 and request.pp == 1:
+        raise _usage("--pp-chunks splits the layers of a pipeline's ranks: valid is --pp 2 and more")
     if request.pp > 1:
         _check_pipeline(request)
     elif request.ep > 1:
@@ -65,15 +67,14 @@ def _check_pipeline(request: Request) -> None:
     """Raises `usage` for what no pipeline was worked out with."""
     pp = f"--pp {request.pp}"
     others = [f"--{name} {getattr(request, name)}" for name in ("ep", "cp") if getattr(request, name) > 1]
-    others += ["--padding"] * request.padding
     others += [f"--offload {','.join(request.offload)}"] * bool(request.offload)
     if request.method == "simulate":
         raise _usage(f"{pp} has no exact engine: valid is --method formula")
     if request.fsdp or (request.zero or 0) > 1:
         other = f"--fsdp {request.fsdp}" if request.fsdp else f"--zero {request.zero}"
         raise _usage(f"{pp} keeps gradients over its microbatches, {other} shards them: valid are --zero 1 and DDP")
-    if request.mode != "train":
-        raise _usage(f"{pp} with --mode {request.mode} is not supported yet: valid is --mode train")
+    if request.pp_chunks > 1 and request.pp_schedule != "1f1b":
+        raise _usage(f"--pp-chunks {request.pp_chunks} interleaves 1f1b: valid is --pp-schedule 1f1b")
     if others:
         raise _usage(f"{pp} with {' and '.join(others)} is not supported yet: valid is one of them alone")
     if request.tp > 1 and (request.zero or (request.gpus or 1) > request.tp * request.pp):

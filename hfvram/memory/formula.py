@@ -63,18 +63,22 @@ def _stages(architecture: Architecture, request: Request, gpus: int) -> Iterator
 
     pipeline_parallel.check(architecture, request)
     parameters, architecture = architecture.parameters, part_of(architecture, request.tp)
-    layers = pipeline_parallel.counts(len(architecture.text.layers), request.pp)
 
     def alike(stage: pipeline_parallel.Stage) -> tuple[object, ...]:
-        part = pipeline_parallel.stage_of(architecture, stage.index, stage.of)
-        return stage.in_flight, stage.first, stage.last, layers[stage.index], [id(x) for x in part.text.layers]
+        part = pipeline_parallel.rank_of(architecture, stage)
+        return stage.in_flight, stage.first, stage.last, [id(x) for x in part.text.layers]
 
-    for _, found in groupby(pipeline_parallel.stages(request), alike):
-        first, *more = found
+    made = []
+    for _, alikes in groupby(pipeline_parallel.stages(request), alike):
+        first, *more = alikes
         name = f"stages {first.index + 1} to {more[-1].index + 1}" if more else f"stage {first.index + 1}"
         t = train.timeline(architecture, request, stage=first)
-        t.trainable_parameters = parameters
-        yield Share(f"{name} of {request.pp}", gpus * (1 + len(more)), t)
+        made.append((Share(f"{name} of {request.pp}", gpus * (1 + len(more)), t), 1 + len(more)))
+    if request.mode != "train":  # adapters of all stages
+        parameters = sum(share.timeline.trainable_parameters * count for share, count in made)
+    for share, _ in made:
+        share.timeline.trainable_parameters = parameters
+        yield share
 
 
 def mask_bytes(architecture: Architecture, request: Request) -> int:

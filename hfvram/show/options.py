@@ -68,6 +68,7 @@ GROUPS = (
         ("--tp", "N", "tensor parallel (1)"),
         ("--pp", "N", "pipeline parallel (1)"),
         ("--pp-schedule", "", "of a pipeline's microbatches, of which --grad-accum says how many"),
+        ("--pp-chunks", "N", "parts of a rank's layers, which a microbatch comes by one after the other (1)"),
         ("--ep", "N", "expert parallel (1)"),
         ("--cp", "N", "context parallel (1)"),
         ("--sp", "", "Megatron's sequence parallelism"),

@@ -2,6 +2,7 @@
 and gone through by clipping and optimizers in the order of `model.parameters()`."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from itertools import islice
 from typing import Final
 
@@ -207,6 +208,15 @@ class States:
         self.layers = [blocks(x, segment) for x, segment in layers]
         self.after = several(text.after)
         self.head = several((*architecture.head, *head)) if text.name == architecture.main else []
+
+    def part(self, start: int, end: int, first: bool, last: bool) -> "States":
+        """The same leaves, of some layers: one chunk of a pipeline's stage."""
+        found = copy(self)
+        found.layers, found.written = self.layers[start:end], self.written[start:end]
+        tied = last and not self.head
+        found.before = self.before if first or tied else []
+        found.after, found.head = (self.after, self.head) if last else ([], [])
+        return found
 
     def __iter__(self) -> Iterator[Leaf]:
         if self.head_first:

@@ -5,7 +5,7 @@ them from its start; of accumulated batches the second stands for all later ones
 """
 
 from collections.abc import Callable, Iterable
-from typing import Final
+from typing import Final, NamedTuple
 
 from hfvram.errors import HfvramError
 from hfvram.memory.bitsandbytes import ON_LOADING
@@ -13,7 +13,7 @@ from hfvram.memory.forward import Forward
 from hfvram.memory.generation import generation
 from hfvram.memory.inference import symbols
 from hfvram.memory.mesh import mesh_of
-from hfvram.memory.pipeline_parallel import Stage, schedule, stage_of
+from hfvram.memory.pipeline_parallel import Stage, chunks, rank_of, schedule, stage_of
 from hfvram.memory.tensor_parallel import NO_PLAN
 from hfvram.memory.timeline import Standing, Tag, Timeline
 from hfvram.memory.training import decoder, encoder, seq2seq
@@ -66,13 +66,14 @@ def timeline(
     request = precision(request)
     model = architecture
     if stage.of > 1:
-        architecture = stage_of(model, stage.index, stage.of)
+        architecture = rank_of(model, stage)
     training = Training(architecture, request)
     layers, groups = plan(training.layers, request.checkpoint_every)
     tower = architecture.stacks[0] if architecture.task == "seq2seq" else None
     beside, others = plan(tower.layers) if tower else (layers, groups)
     moe = architecture.moe
-    if whole or others != groups or (moe and moe.auxiliary):  # a loss of all layers' routers does not repeat with them
+    shared_loss = bool(moe and moe.auxiliary)  # a loss of all layers' routers does not repeat with them
+    if whole or stage.chunks > 1 or others != groups or shared_loss:
         layers, groups = [(x, None) for x in training.layers], 0
         beside = [(x, None) for x in tower.layers] if tower else layers
     t = Timeline(stands(architecture, request))
@@ -101,13 +102,15 @@ def timeline(
         training.adapt(tape, casts, held(request))
     t.restart()
     optimizer = Optimizer(request.optimizer, tape, parts.leaves)
-    _steps(tape, architecture, states, layers, ids, optimizer, parts, request, training, stage)
+    runs = _runs(model, architecture, states, layers, stage)
+    _steps(tape, architecture, runs, ids, optimizer, parts, request, training, stage)
+    del runs
     del hides
     t.events = t.events[:]  # what dies with this function is no part of the run
     t.symbols = symbols(architecture, Forward(batch=request.batch, tokens=request.ctx or 1, dtype=request.dtype))
     tape.given = None
     parts.count(optimizer, groups)
-    if stage.of > 1:
+    if stage.of > 1 and not training.adapted:
         t.trainable_parameters = model.parameters
     for tower in towers(architecture):  # asked for gradients, and given none
         kept = (p for p in tower.params() if p.kind != "buffer" and p.name not in training.frozen)
@@ -259,11 +262,38 @@ def _refuse_flash(architecture: Architecture, request: Request) -> None:
         raise unknown(f"--padding with --attention {flash}")
 
 
-def _steps(
-    tape: Tape,
+class Run(NamedTuple):
+    """What one pass goes through: a model, or a chunk of a stage's."""
+
+    architecture: Architecture
+    states: States
+    layers: list[tuple[Layer, int | None]]
+    stage: Stage
+
+
+def _runs(
+    model: Architecture,
     architecture: Architecture,
     states: States,
     layers: list[tuple[Layer, int | None]],
+    stage: Stage,
+) -> list[Run]:
+    """The chunks of a rank, of whose layers `layers` are all."""
+    if stage.chunks == 1:
+        return [Run(architecture, states, layers, stage)]
+    found, at = [], 0
+    for part in chunks(stage):
+        own = stage_of(model, part.index, part.of)
+        end = at + len(own.text.layers)
+        found.append(Run(own, states.part(at, end, part.first, part.last), layers[at:end], part))
+        at = end
+    return found
+
+
+def _steps(
+    tape: Tape,
+    architecture: Architecture,
+    runs: list[Run],
     ids: Tensor,
     optimizer: Optimizer,
     parts: Units,
@@ -279,30 +309,31 @@ def _steps(
     if training.adapted:
         tensors = len(training.params)
     order = schedule(stage, request.grad_accum)
-    flying: dict[int, tuple[Tensor, list[Tensor]]] = {}
+    flying: dict[tuple[int, int], tuple[Tensor, list[Tensor]]] = {}
     for _ in range(STEPS):
-        for forward, batch in order:
+        for forward, batch, chunk in order:
+            run = runs[chunk]
             parts.last = batch == order[-1][1]
             if forward:
                 tape.mark("forward")
-                held = _receive(tape, architecture, ids, request, stage)
+                held = _receive(tape, run, ids, request)
                 parts.enter_model()
                 tape.autocast = precision
-                out, found = _forward(tape, architecture, states, layers, ids, request, stage, *held)
+                out, found = _forward(tape, run, ids, request, *held)
                 held += [out, *found]
                 del found
                 parts.leave_model(held)
-                root = out if scale is None or not stage.last else op.mul(tape, out, scale, SCALE)
+                root = out if scale is None or not run.stage.last else op.mul(tape, out, scale, SCALE)
                 tape.autocast = None
                 tape.casts.clear()
                 _label(t, t.live(len(t.events)), "saved activations")
-                flying[batch] = root, held
+                flying[batch, chunk] = root, held
                 del out, held, root
                 continue
             tape.mark("backward")
             before = len(t.sizes)
-            root, held = flying.pop(batch)
-            tape.backward(root, None if stage.last else RETURNED)
+            root, held = flying.pop((batch, chunk))
+            tape.backward(root, None if run.stage.last else RETURNED)
             tape.enter(None)
             _label(t, range(before, len(t.sizes)), "recomputed")
             del root, held
@@ -315,10 +346,11 @@ def _steps(
     tape.mark("end")
 
 
-def _receive(tape: Tape, architecture: Architecture, ids: Tensor, request: Request, stage: Stage) -> list[Tensor]:
+def _receive(tape: Tape, run: Run, ids: Tensor, request: Request) -> list[Tensor]:
     """The hidden states that a later stage starts from."""
-    if stage.first:
+    if run.stage.first:
         return []
+    architecture = run.architecture
     wide = any(layer.residual_fp32 for layer in architecture.text.layers)
     b, s = ids.shape
     hidden = tape.new((b, s // tape.sp, architecture.hidden_size), "fp32" if wide else request.dtype, None, RECEIVED)
@@ -326,21 +358,13 @@ def _receive(tape: Tape, architecture: Architecture, ids: Tensor, request: Reque
     return [hidden]
 
 
-def _forward(
-    tape: Tape,
-    architecture: Architecture,
-    states: States,
-    layers: list[tuple[Layer, int | None]],
-    ids: Tensor,
-    request: Request,
-    stage: Stage,
-    *received: Tensor,
-) -> tuple[Tensor, list[Tensor]]:
+def _forward(tape: Tape, run: Run, ids: Tensor, request: Request, *received: Tensor) -> tuple[Tensor, list[Tensor]]:
     """The loss, or what a stage sends to the next one; and what the model's output holds beside it."""
+    architecture, states, layers, stage = run
     if stage.of == 1:
         return FORWARD[architecture.task](tape, architecture, states, layers, ids, request)
-    run = decoder.forward if stage.last else decoder.decode
-    out, held = run(tape, architecture, states, layers, ids, request, *received)
+    through = decoder.forward if stage.last else decoder.decode
+    out, held = through(tape, architecture, states, layers, ids, request, *received)
     if not stage.last and out.dtype != ("fp32" if layers[0][0].residual_fp32 else request.dtype):
         raise unknown(f"--pp of {architecture.class_name}, whose hidden states are in another dtype")
     return out, held
