@@ -71,6 +71,26 @@ def test_a_log_that_names_no_model_and_one_that_is_elsewhere(capsys: pytest.Capt
     assert "llama.cpp's figures stand alone" in err
 
 
+def test_llama_cpp_to_the_printed_digit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Gemma 2 2B with four slots of one cache: 2·13·(4·256)·2·8192 B in the layers that see all, as many in the others.
+    Qwen3.5-35B-A3B: 4·30·[(2·16·128+32·128)·3 + 32·128·128]·4 B of recurrent states (both: fixtures/published)."""
+    found = told(capsys, "--read-log", str(LOGS / "llama-cpp-gemma2.log"), "google/gemma-2-2b-it")
+    assert {name: (f["estimated"], f["exact"]) for name, f in found.items()} == {
+        "cache on CUDA0": (832 << 20, True),
+        "cache": (832 << 20, True),
+        "cells": (8192, True),
+    }
+    file = tmp_path / "log"
+    file.write_text(
+        "llama_context: n_seq_max     = 4\nllama_context: n_ctx_seq     = 4096\n"
+        "llama_memory_recurrent:      CUDA0 RS buffer size =   251.25 MiB\n"
+        "llama_memory_recurrent: size =  251.25 MiB (     4 cells,  40 layers,  4 seqs), R (f32):   11.25 MiB\n"
+    )
+    found = told(capsys, "--read-log", str(file), "Qwen/Qwen3.5-35B-A3B")
+    assert [(f["estimated"], f["exact"]) for f in found.values()] == [(263_454_720, True)] * 2
+    assert main(["measure", "--read-log", str(file), "no/such"]) == 1
+
+
 def test_the_table_and_errors(capsys: pytest.CaptureFixture[str]) -> None:
     main(["measure", "--read-log", str(LOGS / "vllm-0.19.log"), "-q"])
     out = capsys.readouterr().out

@@ -98,9 +98,34 @@ PYTORCH: Final[Mapping[str, tuple[Figure, str]]] = {
     "on the device": (lambda e: e.device_bytes, "the estimate's, context and kernels included"),
     "capacity": (lambda e: e.fit.capacity_bytes if e.fit else None, ""),
 }
+STATES: Final = "cache: recurrent states"
+
+
+def _states(e: Estimate) -> int:
+    return e.serving.state_bytes * (e.serving.state_slots or 0) if e.serving else 0
+
+
+def _gpu(category: str, states: bool = False) -> Figure:
+    """Items of a category on the GPU; of the caches either the recurrent states or all else."""
+    return lambda e: sum(i.bytes for i in e.items if i.category == category and (i.name == STATES) == states)
+
+
+def _cpu(category: str) -> Figure:
+    return lambda e: sum(x.bytes for x in e.offloaded if x.category == category and x.place == "cpu")
+
+
 LLAMA: Final[Mapping[str, tuple[Figure, str]]] = {
-    "cache": (lambda e: e.cache_bytes, "keys and values of all cells"),
+    "cache": (lambda e: e.cache_bytes - _states(e), "keys and values of all cells"),
+    "states": (_states, "recurrent states of all slots"),
+    "cells": (_serving("kv_tokens"), ""),
+    "weights on GPU": (_gpu("weights"), ""),
+    "weights on CPU": (_cpu("weights"), "embeddings, and layers that are not offloaded"),
+    "cache on GPU": (_gpu("cache"), ""),
+    "cache on CPU": (_cpu("cache"), ""),
+    "states on GPU": (_gpu("cache", states=True), ""),
+    "compute buffer on GPU": (_gpu("activations"), "differs between builds"),
 }
+HOST: Final = ("CPU", "CPU_Mapped", "CPU_REPACK")
 FIGURES: Final = {"vllm": VLLM, "sglang": SGLANG, "PyTorch": PYTORCH, "llama.cpp": LLAMA}
 
 
@@ -121,7 +146,7 @@ def against(
     if named is None:
         warnings.append("the log names no model: hfvram measure --read-log FILE MODEL sets its figures against one")
     else:
-        estimate, said = _estimated(log, named, request, source)
+        estimate, said = _estimated(log, named, request, source, ours=model is not None)
         warnings += said
     if log.engine in ENGINES and "gpu" not in {**log.options, **given}:
         warnings.append("the log does not say how large the GPU is: with --gpu the pool is estimated, too")
@@ -130,19 +155,24 @@ def against(
     return LogAnswer(log=log, compared=tuple(_compared(log, estimate)), estimate=estimate, warnings=tuple(warnings))
 
 
-def _estimated(log: Log, model: str, request: Request, source: Mapping[str, Any]) -> tuple[Estimate | None, list[str]]:
+def _estimated(
+    log: Log, model: str, request: Request, source: Mapping[str, Any], ours: bool
+) -> tuple[Estimate | None, list[str]]:
     """The estimate. A GGUF file that the log names and that is elsewhere is no reason to tell nothing of the log."""
     try:
         found = Session().estimate(model, request, **source)
     except HfvramError as error:
-        if log.engine != "llama.cpp" or error.kind not in ("not_found", "io", "usage"):
+        if ours or log.engine != "llama.cpp":
             raise
         return None, [f"llama.cpp's figures stand alone: {error.message}"]
     return found, list(found.warnings)
 
 
 def _request(log: Log, given: Mapping[str, Any]) -> Request:
-    engine = {} if log.engine == "PyTorch" else {"engine": log.engine}
+    engine: dict[str, Any] = {} if log.engine == "PyTorch" else {"engine": log.engine}
+    if log.engine == "llama.cpp":
+        slots, unified = log.options.get("n_seq_max"), log.options.get("kv_unified")
+        engine |= {"max_num_seqs" if unified else "batch": slots} if slots else {}
     known = Request().to_dict()
     told = {k: v for k, v in log.options.items() if k in known}
     return Request.from_dict({**engine, **told, **given})
@@ -153,7 +183,7 @@ def _compared(log: Log, estimate: Estimate | None) -> list[Compared]:
     printed = [*log.printed, *_sums(log)]
     found = []
     for p in printed:
-        figure, why = figures.get(p.name, (None, ""))
+        figure, why = figures.get(_known(p.name, printed), (None, ""))
         value = figure(estimate) if figure and estimate else None
         exact = value is not None and abs(value - p.value) * 2 <= p.digit
         shown = Compared(
@@ -168,6 +198,21 @@ def _compared(log: Log, estimate: Estimate | None) -> list[Compared]:
         )
         found.append(shown)
     return found + _a_token(log, estimate)
+
+
+def _known(name: str, printed: list[Printed]) -> str:
+    """The name under which a figure is estimated: llama.cpp's devices are the one GPU, or the CPU.
+
+    >>> _known("cache on CUDA0", []), _known("compute buffer on CUDA_Host", []), _known("weights on CPU_Mapped", [])
+    ('cache on GPU', 'compute buffer on CUDA_Host', 'weights on CPU')
+    """
+    what, on, device = name.partition(" on ")
+    if not on or device == "the device" or device.endswith("_Host"):
+        return name
+    if device in HOST:
+        return f"{what} on CPU"
+    same = {p.name for p in printed if p.name.startswith(f"{what} on ") and not p.name.endswith((*HOST, "_Host"))}
+    return name if len(same) > 1 else f"{what} on GPU"
 
 
 def _sums(log: Log) -> list[Printed]:

@@ -10,6 +10,12 @@ from typing import Final
 from hfvram.read.engine_log import Dialect, Setting, pattern
 
 DEVICE: Final = r"(?P<where>[A-Za-z][\w\[\]]{0,30})\s+"
+
+
+def _cache(word: str) -> str | None:
+    return None if word == "f16" else word
+
+
 DIALECT: Final = Dialect(
     "llama.cpp",
     (
@@ -26,7 +32,10 @@ DIALECT: Final = Dialect(
         Setting("model", re.compile(r"loaded meta data with \d+ key-value pairs and \d+ tensors from (\S+\.gguf)")),
         Setting("ctx", re.compile(r"\bn_ctx(?:_seq|_per_seq)\s*=\s*(\d+)"), int),
         Setting("ctx", re.compile(r"llama_context: n_ctx\s*=\s*(\d+)"), int),
-        Setting("batch", re.compile(r"llama_context: n_seq_max\s*=\s*(\d+)"), int),
+        Setting("n_seq_max", re.compile(r"llama_context: n_seq_max\s*=\s*(\d+)"), int),
+        Setting("kv_unified", re.compile(r"llama_context: kv_unified\s*=\s*(true)"), bool),
+        Setting("max_num_batched_tokens", re.compile(r"llama_context: n_ubatch\s*=\s*(\d+)"), int),
+        Setting("kv_dtype", re.compile(r"llama_kv_cache\w*: size\s*=.*?K \((\w+)\)"), _cache),
         Setting("n_gpu_layers", re.compile(r"offloaded (\d+)/\d+ layers to GPU"), int),
     ),
 )
