@@ -100,7 +100,7 @@ def hub(hf_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
         (["a/truncated"], "bad_header", "model.safetensors"),
         (["a/quantized"], "usage", r"spqr\x1b"),
         (["a/good", "--ctx", "0"], "usage", "--ctx"),
-        (["a/good", "--engine", "llama.cpp"], "usage", "--engine"),
+        (["a/good", "--engine", "tensorrt"], "usage", "--engine"),
         (["a/good", "--gpu", "RTX 9090"], "usage", "RTX 9090"),
         (["https://evil.example/a/good"], "not_found", ""),
         (["../../no/passwd"], "not_found", ""),

@@ -31,11 +31,13 @@ def test_real_configurations_are_counted_exactly(fact: dict[str, Any]) -> None:
 def test_an_unknown_type_of_a_known_class_is_read_as_that_class() -> None:
     """Kimi-K2 is of type kimi_k2, and its repo's code a copy of DeepSeek-V3's."""
     own = next(fact["config"] for fact in FACTS if fact["config"]["model_type"] == "deepseek_v3")
-    copied = infer({**own, "model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"]})
+    code = {"auto_map": {"AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"}}
+    copied = infer({**own, **code, "model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"]})
     assert copied.parameters == infer(own).parameters
     assert copied.warnings[0].endswith("read as deepseek_v3, by the name of its class DeepseekV3ForCausalLM")
-    with pytest.raises(HfvramError, match="'kimi_k2' is not known"):
-        infer({**own, "model_type": "kimi_k2", "architectures": ["KimiForCausalLM"]})
+    for unlike in ({"architectures": ["KimiForCausalLM"]}, {"auto_map": None}, {"auto_map": {"AutoModel": 1}}):
+        with pytest.raises(HfvramError, match="'kimi_k2' is not known"):
+            infer({**own, **code, "model_type": "kimi_k2", **unlike})
 
 
 def test_nothing_heavy_is_imported() -> None:

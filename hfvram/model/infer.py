@@ -21,8 +21,8 @@ def infer(
     """The architecture of a configuration, with the quantization that it says it has.
 
     `class_name` is what to build instead of the first of `architectures`; `generation` the generation configuration,
-    which decides about the cache where there is one. A type that isn't known may name a class that is, as copies of
-    transformers' code in a repo do: it is read as that class, with a warning. Raises `bad_config`, and
+    which decides about the cache where there is one. A type that isn't known may have code in its repo that copies
+    transformers', by its class's name: it is read as that class, with a warning. Raises `bad_config`, and
     `unknown_architecture` that names the model type or the kind of layer that isn't known.
     """
     if not isinstance(values, Mapping):
@@ -31,12 +31,11 @@ def infer(
     model_type = config.model_type or _type_by_class(config)
     taken: tuple[str, ...] = ()
     if (read := reader(model_type)) is None:
-        named = config.strings("architectures") or [""]
-        like = type_of_class(named[0])
+        class_, like = _copied(config)
         if like is None or (read := reader(like)) is None:
             raise _unknown(config, model_type)
         what = f"model type {printable(model_type, 60)!r} is not known: read as {like}, by the name of its class"
-        taken, model_type = (f"{what} {printable(named[0], 60)}",), like
+        taken, model_type = (f"{what} {class_}",), like
     if config.model_type != model_type:
         config = Config({**values, "model_type": model_type})
     architecture = read(config, class_name)
@@ -62,6 +61,15 @@ def _type_by_class(config: Config) -> str:
     if model_type is None:
         raise HfvramError(UNKNOWN, f"class {printable(named[0], 60)!r} is not known, and there is no model_type")
     return model_type
+
+
+def _copied(config: Config) -> tuple[str, str | None]:
+    """The class that a repo's own code builds, and the type whose class in transformers has that name."""
+    named = (config.strings("architectures") or [""])[0]
+    own = config.section("auto_map")
+    if own is None or not any(isinstance(v, str) and v.endswith(f".{named}") for v in own.values.values()):
+        return named, None
+    return named, type_of_class(named)
 
 
 def _unknown(config: Config, model_type: str) -> HfvramError:
