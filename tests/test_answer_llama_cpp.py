@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +167,7 @@ def test_more_never_needs_less() -> None:
         ({"quant": "nf4"}, "--quant nf4 with --engine llama.cpp"),
         ({"override_tensor": "exps"}, "=CPU"),
         ({"override_tensor": "(=CPU"}, "is no pattern"),
+        ({"override_tensor": r"(\w|\w\w)+!=CPU"}, "repeats a repetition"),
         ({"mode": "train"}, "--mode train"),
         ({"enforce_eager": True}, "goes with --engine vllm or sglang"),
         ({"mmproj": True}, "--mmproj"),
@@ -202,3 +205,17 @@ def test_a_large_moe_beside_a_small_gpu_has_its_experts_in_cpu_memory() -> None:
     e = ask(MOE, quant="Q4_K_M", ctx=8192, n_cpu_moe=48)
     assert e.device_bytes < 4 * GiB
     assert {x.name for x in e.offloaded} == {"experts", "input embedding"}
+
+
+def test_it_is_light(file: str) -> None:
+    """The gguf package imports numpy and more: its module of constants is taken alone."""
+    code = """
+import sys
+from hfvram import Request
+from hfvram.answer.question import Session
+for model, options in ((sys.argv[1], {}), ("Qwen/Qwen3-8B", {"quant": "Q4_K_M"})):
+    Session().estimate(model, Request(**options), offline=True)
+print(sorted({"numpy", "torch", "transformers", "gguf"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code, file], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("[]\n", "")

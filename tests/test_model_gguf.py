@@ -203,6 +203,7 @@ def test_a_family_that_is_new_is_read_by_its_tensors_and_said_so() -> None:
     [
         ("rwkv7", {}, ATTENTION, "unknown_architecture", "'rwkv7' is not answered"),
         ("clip", {}, ATTENTION, "unknown_architecture", "projector"),
+        ("flux", {"block_count": None}, ATTENTION, "unknown_architecture", "'flux' is not known"),
         ("brandnew", {}, {"time_mix.weight": (64, 64)}, "unknown_architecture", "'brandnew' is of no known kind"),
         ("llama", {"attention.head_count": 0}, ATTENTION, "", ""),
         ("llama", {"embedding_length": 0}, ATTENTION, "bad_header", "llama.embedding_length is 0"),

@@ -229,11 +229,14 @@ def test_damage_is_refused_or_harmless(at: int, damage: bytes) -> None:
 def test_without_the_package_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    from hfvram.read.gguf import types
+    from hfvram.read.gguf import constants, types
 
     path = on_disk(tmp_path / "m.gguf", gguf("llama", LLAMA, TWO))
     types.cache_clear()
-    monkeypatch.setitem(sys.modules, "gguf.constants", None)
+    constants.cache_clear()
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setattr(sys, "path_importer_cache", {})
+    monkeypatch.delitem(sys.modules, "gguf")
     with pytest.raises(HfvramError, match=r"hfvram\[gguf\]") as caught:
         read_checkpoint(path)
     assert caught.value.kind == "missing_extra"

@@ -18,6 +18,10 @@ ENGINE: Final = "llama.cpp"
 OWN: Final = ("n_gpu_layers", "n_cpu_moe", "override_tensor", "swa_full", "mmproj")
 KEPT: Final = {"auto": "f16", "fp16": "f16", "int8": "q8_0", "int4": "q4_0"}
 """What `--kv-dtype` means here, where it isn't llama.cpp's own word."""
+LONGEST_PATTERN: Final = 500
+_RUNAWAY = re.compile(r"\([^()]*[+*{|][^()]*\)[+*{]|\(.*\(.*\)[+*{]")  # could take for ever on a name
+SAID_OF_FILES: Final = "GGUF files are answered for llama.cpp (--engine llama.cpp)"
+SAID_OF_OPTIONS: Final = "answered for llama.cpp (--engine llama.cpp): nothing else runs what is asked for"
 PLAIN: Final = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
 
 
@@ -47,6 +51,10 @@ def patterns(request: Request) -> tuple[str, ...]:
         if not equals or not pattern or not place.upper().startswith(("CPU", "CUDA0")):
             shown = printable(part, 80)
             raise HfvramError("usage", f"--override-tensor {shown}: as in '\\.ffn_.*_exps\\.=CPU', several with commas")
+        if len(pattern) > LONGEST_PATTERN or _RUNAWAY.search(pattern):
+            raise HfvramError(
+                "usage", f"--override-tensor {printable(pattern, 80)}: too long, or it repeats a repetition"
+            )
         try:
             re.compile(pattern)
         except re.error as error:
@@ -70,7 +78,7 @@ def resolve(model: Model, request: Request) -> tuple[Request, list[str]]:
         warnings.append(
             f"the adapter's {len(a.adapter)} tensors are left out: llama.cpp loads them from a file of their own"
         )
-    changes: dict[str, Any] = {"ctx": ctx, "gpus": 1, "method": "formula", "phase": "generate", "dtype": "fp16"}
+    changes: dict[str, Any] = {"ctx": ctx, "gpus": 1, "method": "formula", "phase": "generate"}
     if a.task == "encoder":
         changes["phase"] = "encode"
     if request.mmproj and not model.checkpoint.projector:

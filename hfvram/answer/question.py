@@ -64,7 +64,7 @@ class Session:
         request, notes, without = settled(request)
         if request.engine == "transformers" and llama_options.means_llama(model, request):
             request, without = request.with_(engine=llama_options.ENGINE, method=asked), False
-            notes.append("answered for llama.cpp (--engine llama.cpp): nothing else runs what is asked for")
+            notes.append(llama_options.SAID_OF_FILES if model.endswith(".gguf") else llama_options.SAID_OF_OPTIONS)
         serving_options.check(request)
         if request.engine not in serving_options.ENGINES:
             check(request)
@@ -73,7 +73,7 @@ class Session:
             if request.engine != "transformers":
                 raise HfvramError("usage", f"{known.checkpoint.id} is a GGUF file: valid is --engine llama.cpp")
             request, without = request.with_(engine=llama_options.ENGINE, method=asked), False
-            notes.append("GGUF files are answered for llama.cpp (--engine llama.cpp)")
+            notes.append(llama_options.SAID_OF_FILES)
             serving_options.check(request)
         if request.draft:
             known = replace(known, draft=self._draft(known, request, token, offline))

@@ -31,6 +31,7 @@ from hfvram.model.layers import (
     ShortConv,
 )
 from hfvram.read.checkpoint import Checkpoint, StoredTensor
+from hfvram.read.gguf import architectures, file_types
 
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 _BUFFERS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
@@ -56,6 +57,9 @@ def read(metadata: Mapping[str, Any], tensors: Sequence[StoredTensor]) -> Archit
         why = REFUSED.get(arch, "an adapter alone: name its base model's file")
         raise HfvramError("unknown_architecture", f"GGUF architecture {printable(arch, 60)!r} is not answered: {why}")
     keys = Keys(metadata, arch)
+    if arch not in architectures() and (keys.get("block_count") is None or keys.get("embedding_length") is None):
+        message = f"GGUF architecture {printable(arch, 60)!r} is not known, and its keys don't say what it is made of"
+        raise HfvramError("unknown_architecture", message)
     stored = {t.name: t for t in tensors}
     count = keys.size("block_count", high=100_000) - keys.size("nextn_predict_layers", default=0, low=0)
     hidden = keys.size("embedding_length")
@@ -88,23 +92,18 @@ def read(metadata: Mapping[str, Any], tensors: Sequence[StoredTensor]) -> Archit
 
 def file_type(metadata: Mapping[str, Any], tensors: Sequence[StoredTensor]) -> str:
     """The mixture that the file says it is, `Q4_K_M`, else the type of most of its bytes."""
-    from gguf.constants import LlamaFileType
-
-    try:
-        name = str(LlamaFileType(metadata.get("general.file_type", -1)).name)
-        return name.removeprefix("MOSTLY_").removeprefix("ALL_")
-    except ValueError:
-        sizes: dict[str, int] = {}
-        for t in tensors:
-            sizes[t.dtype] = sizes.get(t.dtype, 0) + t.nbytes
-        return max(sizes, key=sizes.__getitem__, default="F32")
+    number = metadata.get("general.file_type")
+    if type(number) is int and (name := file_types().get(number)):
+        return name
+    sizes: dict[str, int] = {}
+    for t in tensors:
+        sizes[t.dtype] = sizes.get(t.dtype, 0) + t.nbytes
+    return max(sizes, key=sizes.__getitem__, default="F32")
 
 
 def _unheard_of(arch: str, layers: Sequence[Layer]) -> tuple[str, ...]:
     """A warning for a family that the gguf package does not know: its keys and tensors said enough all the same."""
-    from gguf.constants import MODEL_ARCH_NAMES
-
-    if arch in MODEL_ARCH_NAMES.values():
+    if arch in architectures():
         return ()
     return (f"GGUF architecture {printable(arch, 60)!r} is not known here: its layers are read by their tensors alone",)
 

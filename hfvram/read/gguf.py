@@ -6,10 +6,12 @@ of llama.cpp's own reader (`ggml/src/gguf.cpp`): tensors lie one after the other
 """
 
 import math
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from typing import Any, Final
 
 from hfvram.errors import HfvramError, printable
@@ -54,14 +56,37 @@ class _Bad(Exception):
 
 
 @cache
+def constants() -> Any:
+    """The gguf package's module of constants, alone: the package imports numpy and more. Raises `missing_extra`."""
+    found = find_spec("gguf")
+    for folder in (found and found.submodule_search_locations) or ():
+        if spec := spec_from_file_location("gguf_constants", os.path.join(folder, "constants.py")):
+            module = module_from_spec(spec)
+            try:
+                spec.loader.exec_module(module)  # type: ignore[union-attr]
+            except OSError:
+                continue
+            return module
+    raise HfvramError("missing_extra", "GGUF needs the gguf package: pip install 'hfvram[gguf]'")
+
+
+@cache
 def types() -> dict[int, tuple[str, int, int]]:
     """Number of a tensor type → its name, the elements of a block, and the bytes of one. Raises `missing_extra`."""
-    try:
-        from gguf.constants import GGML_QUANT_SIZES
-    except ImportError as error:
-        message = "GGUF needs the gguf package: pip install 'hfvram[gguf]'"
-        raise HfvramError("missing_extra", message) from error
-    return {int(t): (t.name, block, size) for t, (block, size) in GGML_QUANT_SIZES.items()}
+    return {int(t): (t.name, block, size) for t, (block, size) in constants().GGML_QUANT_SIZES.items()}
+
+
+@cache
+def file_types() -> dict[int, str]:
+    """Number of a mixture (`general.file_type`) → its name, `Q4_K_M`. Raises `missing_extra`."""
+    names = {int(t): str(t.name) for t in constants().LlamaFileType}
+    return {number: name.removeprefix("MOSTLY_").removeprefix("ALL_") for number, name in names.items()}
+
+
+@cache
+def architectures() -> frozenset[str]:
+    """The architectures that the gguf package knows. Raises `missing_extra`."""
+    return frozenset(constants().MODEL_ARCH_NAMES.values())
 
 
 def block_sizes() -> dict[str, tuple[int, int]]:

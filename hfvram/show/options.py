@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from hfvram.request import CHOICES
+from hfvram.request import CHOICES, GGUF_CACHES, GGUF_QUANTS
 
 GRID = ("ctx", "batch", "quant", "gpus", "gpu", "kv_dtype")
 """Options that take a comma list: each value is a request of its own."""
@@ -39,9 +39,9 @@ GROUPS = (
         ("--phase", "", "what runs"),
         ("--padding/--no-padding", "", "the batch carries a padding mask"),
         ("--dtype", "", "dtype the weights are loaded in"),
-        ("--quant", "", "* quantization, auto for the checkpoint's own"),
+        ("--quant", "", "* quantization, auto for the checkpoint's own; llama.cpp's are Q4_K_M, Q8_0, F16…"),
         ("--double-quant/--no-double-quant", "", "nf4 and fp4 quantize their scales, too (on)"),
-        ("--kv-dtype", "", "* dtype of the cache"),
+        ("--kv-dtype", "", "* dtype of the cache; llama.cpp's are f16, q8_0, q4_0…"),
         ("--cache", "", "transformers' kind of cache"),
         ("--attention", "", "attention implementation"),
         ("--kernels", "", "kernels of Mamba and linear attention: installed or not"),
@@ -141,7 +141,7 @@ def options() -> list[click.Parameter]:
     for group in GROUPS:
         for flags, metavar, text in group.options:
             name = _name(flags)
-            choices = CHOICES.get(name)
+            choices = tuple(c for c in CHOICES.get(name, ()) if c not in (*GGUF_QUANTS, *GGUF_CACHES))
             kind: dict[str, Any] = {"metavar": metavar or "NAME"} if metavar or choices else {"is_flag": True}
             text = f"{text}: {', '.join(choices)}" if choices else f"{text} (not yet)" if name in LATER else text
             kind |= {"multiple": True} if name == "from" else {}
