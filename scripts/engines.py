@@ -53,7 +53,6 @@ KNOWN: dict[str, tuple[float, str]] = {
     "deberta": (18, "its disentangled attention is counted too low by formula"),
     "deepseek_v4": (75, "experts in fp4 count as fp8 by formula where only a configuration is known"),
     "kimi_k25": (69, "the simulation builds its int4 experts in bf16"),
-    "mt5": (11, "its gated feed-forward without attention kernels is counted too high by formula"),
 }
 """Types that differ by more in inference: by how much at most, and why."""
 

@@ -121,6 +121,15 @@ def test_a_boolean_mask_becomes_a_bias_in_rows_of_eight() -> None:
     assert allocated(lambda: SDPA(q, k, k, attn_mask=mask))[:2] == [2 * 48 * 49 * 2, 2 * 48 * 56 * 2]
 
 
+def test_a_bias_whose_heads_lie_side_by_side_is_copied() -> None:
+    """T5's: its rows are padded to the next multiple of 8, also where they are one; a contiguous one is taken as is."""
+    q = heads(8, 64)
+    contiguous = torch.empty((1, 8, 48, 48), dtype=BF16, device="meta")
+    by_pair = torch.empty((1, 48, 48, 8), dtype=BF16, device="meta").permute(0, 3, 1, 2)
+    assert allocated(lambda: SDPA(q, q, q, attn_mask=contiguous))[0] == 2 * 48 * 8 * 64 * 2
+    assert allocated(lambda: SDPA(q, q, q, attn_mask=by_pair))[0] == 8 * 48 * 56 * 2
+
+
 def test_the_output_lies_in_memory_as_the_queries_do() -> None:
     by_head = torch.empty((2, 8, 48, 64), dtype=BF16, device="meta")
     assert like_layout(by_head, by_head.shape).stride() == by_head.stride()

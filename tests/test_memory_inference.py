@@ -17,6 +17,10 @@ CODEGEN = GPTJ | {"model_type": "codegen"}
 GPT_NEO = {"model_type": "gpt_neo", "hidden_size": 256, "num_layers": 4, "vocab_size": 1000, "num_heads": 8}
 GPT_NEO |= {"attention_types": [[["global", "local"], 2]]}
 
+T5 = {"d_model": 256, "num_heads": 8, "d_kv": 32, "d_ff": 512, "num_layers": 4, "vocab_size": 1000}
+T5 |= {"model_type": "t5", "feed_forward_proj": "gated-gelu"}
+UMT5 = T5 | {"model_type": "umt5"}
+
 
 def peaks(config: dict[str, Any], **asked: Any) -> tuple[int, int]:
     """Bytes live at the peak: by formula, and by the model's own code."""
@@ -41,4 +45,15 @@ def peaks(config: dict[str, Any], **asked: Any) -> tuple[int, int]:
 def test_weights_of_attention_that_are_held_on(config: dict[str, Any], asked: dict[str, Any]) -> None:
     """Their loops hold what the last layer returned, eager attention's weights too, until the next one returns."""
     formed, exact = peaks(config, **asked)
+    assert formed == pytest.approx(exact, rel=0.005)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [T5, UMT5], ids=lambda c: c["model_type"])
+@pytest.mark.parametrize(
+    "asked", [{}, {"dtype": "bf16"}, {"dtype": "fp16"}, {"dtype": "fp16", "quant": "nf4"}], ids=str
+)
+def test_t5_keeps_its_last_product_in_fp32(config: dict[str, Any], asked: dict[str, Any]) -> None:
+    """In fp16 `from_pretrained` leaves `wo` in fp32, and the residual becomes fp32 by it; the bias is padded always."""
+    formed, exact = peaks(config, ctx=1000, **asked)
     assert formed == pytest.approx(exact, rel=0.005)

@@ -260,13 +260,15 @@ def _bias(t: Timeline, f: Forward, attended: int) -> list[int]:
 
 
 def _relative_bias(t: Timeline, f: Forward, part: Attention) -> int:
-    """T5's bias of (heads, s, s): distances in 64 bits to buckets, five of them at once, and the buckets' rows.
+    """T5's bias of (heads, s, s): distances in 64 bits to buckets, five of them at once, and the buckets' rows. UMT5's
+    code names their logarithms in fp32, too.
 
     Source: transformers 5.17, models/t5/modeling_t5.py `T5Attention.compute_bias`.
     """
     pairs = f.tokens * f.tokens
     distance, bucket = t.alloc(pairs * 8, BUCKETS), t.alloc(pairs * 8, BUCKETS)
-    t.moment(BUCKETS, pairs * 8, pairs, pairs * 8, pairs * 8, pairs * 8)
+    logarithms = [pairs * 4] if part.relative_bias == "own" else []
+    t.moment(BUCKETS, pairs * 8, pairs, *logarithms, pairs * 8, pairs * 8, pairs * 8)
     bias = t.alloc(pairs * part.heads * f.element_bytes, RELATIVE)
     t.free(distance, bucket)
     return bias

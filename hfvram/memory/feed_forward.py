@@ -42,6 +42,7 @@ def dense(
 ) -> int:
     """A dense feed-forward of these sizes; a mixture's shared expert is one, too."""
     nbytes = f.bytes(width)
+    parts: list[int] = []
     if part.gated and part.fused_gate_up:
         both = split_project(t, f, part.params, hidden, 2 * width, WIDE)
         act = activate(t, nbytes, part.activation)
@@ -53,19 +54,27 @@ def dense(
         t.free(gate)
         up = project(t, f, hidden, width, WIDE)
         product = t.alloc(nbytes, PRODUCT)
-        t.free(act, up)
+        parts = [act, up]
+        if not (isinstance(part, FeedForward) and part.keeps_parts):
+            t.free(*parts)
+            parts = []
     else:
         up = project(t, f, hidden, width, WIDE)
         if source:
             t.free(source.pop())
         product = activate(t, nbytes, part.activation)
         t.free(up)
-    out = split_project(t, f, part.params, width, hidden, HIDDEN, "rows")
+    if isinstance(part, FeedForward) and part.fp32_in_fp16 and f.dtype == "fp16":
+        cast = t.alloc(f.fp32_bytes(width), PRODUCT)
+        t.free(product)
+        product, out = cast, t.alloc(f.fp32_bytes(hidden), HIDDEN)
+    else:
+        out = split_project(t, f, part.params, width, hidden, HIDDEN, "rows")
     if isinstance(part, FeedForward) and part.adds_residual:
         total = t.alloc(f.bytes(hidden), HIDDEN)
         t.free(product, out)
         return total
-    t.free(product)
+    t.free(product, *parts)
     return out
 
 

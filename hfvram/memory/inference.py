@@ -244,6 +244,8 @@ def run_layer(
     if layer.parallel:
         return _parallel(t, f, layer, width, cache, returned)
     residual, kept = hidden, list[int]()
+    dense = layer.feed_forward if isinstance(layer.feed_forward, FeedForward) else None
+    widens = f.dtype == "fp16" and dense is not None and dense.fp32_in_fp16
     for part in (*layer.mixers, layer.feed_forward):
         if part is None:
             continue
@@ -266,7 +268,8 @@ def run_layer(
         if adds_residual(part):
             total = out
         else:
-            total = t.alloc(f.bytes(width), HIDDEN)
+            wide = widens and (part is layer.feed_forward or t.sizes[residual] > f.bytes(width))
+            total = t.alloc(f.fp32_bytes(width) if wide else f.bytes(width), HIDDEN)
             kept += [out] if holds else []
             t.free(*[] if holds else [out])
         if residual != hidden:

@@ -294,6 +294,10 @@ class FeedForward:
     """Written into the layer's own code: its input is let go after the first product (OPT)."""
     adds_residual: bool = False
     """The residual is added in its own code, its widest tensor still there (BLOOM, MPT)."""
+    fp32_in_fp16: bool = False
+    """In fp16 its last product is in fp32, its input cast for it, and so is the residual from then on (T5)."""
+    keeps_parts: bool = False
+    """Its code names the activated gate and the other half to its end (T5)."""
     params: tuple[Param, ...]
 
 

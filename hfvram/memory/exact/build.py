@@ -1,5 +1,6 @@
 """The model as the tracker sees it built: on meta, its weights and buffers in the order of construction."""
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,7 +22,24 @@ def build(tracker: Tracker, config: Mapping[str, Any], class_name: str | None, d
         asked = "eager" if attention == "eager" else None  # sdpa is the default where it runs
         model = meta.build(config, class_name, dtype, attention=asked)
         settle(model)
+        if dtype == "fp16":
+            keep_fp32(model)
     return model
+
+
+def keep_fp32(model: Any) -> None:
+    """Parameters that `from_pretrained` leaves in fp32 where fp16 is asked for (T5's `wo`, which would overflow).
+
+    Source: transformers 5.17, modeling_utils.py `_keep_in_fp32_modules`, core_model_loading.py.
+    """
+    kept = [name.replace("*", ".*") for name in model._keep_in_fp32_modules or ()]
+    if not kept:
+        return
+    found = re.compile("|".join(kept))
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.dtype == torch.float16 and found.search(f"{path}.{name}"):
+                module._parameters[name] = torch.nn.Parameter(parameter.float(), parameter.requires_grad)
 
 
 def settle(model: Any) -> None:

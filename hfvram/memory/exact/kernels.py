@@ -136,10 +136,17 @@ def attention(
 
 
 def _bias(mask: Any, q: Any) -> Any:
-    """A boolean mask becomes an additive one of the queries' dtype; rows are padded to a multiple of 8."""
+    """A boolean mask becomes an additive one of the queries' dtype.
+
+    One whose rows don't start at multiples of 8, or don't lie in one piece (T5's, heads side by side), is copied, its
+    rows padded to the next multiple of 8. Source: PyTorch 2.11, native/transformers/attention.cpp `aligned_tensor`,
+    `pad_bias`.
+    """
     bias = torch.empty_like(mask, dtype=q.dtype) if mask.dtype == torch.bool else mask
-    if short := -bias.shape[-1] % 8:
-        bias = F.pad(bias, (0, short))[..., : bias.shape[-1]]
+    *strides, last = bias.stride()
+    if last != 1 or any(stride % 8 for stride in strides):
+        length = bias.shape[-1]
+        bias = F.pad(bias, (0, 8 - length % 8))[..., :length]
     return bias
 
 

@@ -88,7 +88,9 @@ def layer(config: Config, stack: str, hidden: int, bias: RelativeBias) -> Layer:
     norms = tuple(p for i in range(last + 1) for p in norm(f"layer.{i}.layer_norm", hidden))
     return Layer(
         mixers=(self_attention(config, hidden, decodes, bias), *cross),
-        feed_forward=feed_forward(config, f"layer.{last}.DenseReluDense", hidden),
+        feed_forward=replace(
+            feed_forward(config, f"layer.{last}.DenseReluDense", hidden), fp32_in_fp16=True, keeps_parts=True
+        ),
         params=norms,
         dropout=dropout_of(config),
     )
