@@ -37,6 +37,11 @@ def test_link_and_controls_ask_the_same_again(asked: Asked) -> None:
     assert (typed.model, typed.request, typed.source) == (asked.model, asked.request, asked.source)
 
 
+def test_a_control_shows_only_what_it_has() -> None:
+    asked = Asked("a/b", {"mode": "dream", "engine": "abacus", "quant": "Q4_K_M"})
+    assert in_controls(asked) == ("a/b", "inference", "", "", "Q4_K_M", "transformers", "", "")
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

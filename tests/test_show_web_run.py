@@ -39,14 +39,16 @@ def test_a_quick_answer_is_the_librarys_with_its_curve() -> None:
 
 @pytest.mark.slow
 def test_a_slow_answer_comes_from_a_process_and_is_the_librarys() -> None:
-    found, pictures = asyncio.run(steps(Runner().answer(Asked(MODEL, TRAIN), "v")))
+    found, first, second = asyncio.run(steps(Runner().answer(Asked(MODEL, TRAIN), "v")))
     assert found == hfvram.estimate(MODEL, mode="train", method="formula", ctx=512)
-    assert isinstance(pictures, Pictures)
-    assert pictures.course
+    assert isinstance(first, Pictures)
+    assert isinstance(second, Pictures)
+    assert first.curve
+    assert second.course
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.parametrize("options", [{}, TRAIN], ids=["quick", "slow"])
+@pytest.mark.parametrize("options", [{}, pytest.param(TRAIN, marks=pytest.mark.slow)], ids=["quick", "slow"])
 def test_a_failure_is_an_error_of_the_same_kind(options: dict[str, Any]) -> None:
     with pytest.raises(HfvramError, match="nobody/nothing") as raised:
         asyncio.run(steps(Runner().answer(Asked("nobody/nothing", options), "v")))

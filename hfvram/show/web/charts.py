@@ -12,7 +12,7 @@ from hfvram.show.web.figures import COLOURS
 from hfvram.units import GiB, short_count
 
 PAPER = "rgba(255,255,255,0.85)"
-INK, GRID, RED = "#7a828e", "rgba(128,128,128,0.25)", "#d64545"
+INK, GRID, RED = "#868e9b", "rgba(128,128,128,0.25)", "#d64545"
 HEIGHT: Final = 430
 TINY: Final = 0.005
 """Share of the fullest below which a category is not in the legend."""

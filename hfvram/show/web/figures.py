@@ -4,6 +4,7 @@ Whatever came from a visitor or from the Hub is escaped where it is put in.
 """
 
 import shlex
+from collections.abc import Sequence
 from html import escape
 from typing import Final
 
@@ -13,7 +14,7 @@ from hfvram.answer.question import settled
 from hfvram.errors import HfvramError
 from hfvram.show.layout import size
 from hfvram.show.text import asked as request_in_words
-from hfvram.show.text import judged, placed, pool, process, shape
+from hfvram.show.text import judged, place_rows, placed, pool, process, rank_rows, shape
 from hfvram.show.web.asked import Asked, from_line
 from hfvram.show.web.run import Waiting
 from hfvram.units import GiB, short_count
@@ -40,7 +41,7 @@ CANCELLED: Final = '<p id="progress" role="status">Cancelled.</p>'
 
 def answer(e: Estimate, asked: Asked) -> str:
     """The whole answer."""
-    parts = (verdict(e), peaks(e), ways(e, asked), bars(e), table(e), facts(e), notices(e), link(asked))
+    parts = (verdict(e), peaks(e), ways(e, asked), bars(e), table(e), parts_of(e), facts(e), notices(e), link(asked))
     return f'<article class="answer">{"".join(parts)}</article>'
 
 
@@ -105,11 +106,7 @@ def _pool(e: Estimate) -> str:
     """A serving engine's pool."""
     if not e.serving:
         return ""
-    rows = "".join(
-        f"<tr><th scope=row>{escape(n)}</th><td>{f}</td><td>{escape(note)}</td></tr>"
-        for n, f, note in pool(e.serving, e.request.ctx or 1)
-    )
-    return f"<table><caption>The engine's pool</caption><tbody>{rows}</tbody></table>"
+    return _rows("The engine's pool", pool(e.serving, e.request.ctx or 1), "wide words")
 
 
 def ways(e: Estimate, asked: Asked) -> str:
@@ -187,6 +184,30 @@ def table(e: Estimate) -> str:
         more = f"<details><summary>{len(small)} smaller items</summary>{inner}</details>"
     phase = f" ({escape(e.peak_phase)})" if e.peak_phase else ""
     return f"<table><caption>Live at the peak{phase}</caption><tbody>{large}{beside}</tbody></table>{more}"
+
+
+def parts_of(e: Estimate) -> str:
+    """A pipeline's components, the kinds of GPUs where they differ, and where a placed model's modules are."""
+    components = [
+        (name, short_count(part.model.parameters), size(part.weights_bytes), size(part.peak_allocated_bytes))
+        for name, part in e.components
+    ]
+    heading = ("component", "parameters", "weights", "peak")
+    return (
+        (_rows("Components", [heading, *components]) if components else "")
+        + (_rows("Per kind of GPU", rank_rows(e)) if len(e.ranks) > 1 else "")
+        + (_rows("Where the modules are", place_rows(e), "wide words") if e.placement else "")
+    )
+
+
+def _rows(caption: str, rows: Sequence[Sequence[str]], kind: str = "wide") -> str:
+    """A table that may be wider than a phone: it then scrolls in its own box."""
+    cells = "".join(
+        f"<tr><th scope=row>{escape(row[0])}</th>{''.join(f'<td>{escape(x)}</td>' for x in row[1:])}</tr>"
+        for row in rows
+    )
+    inner = f"<table><caption>{escape(caption)}</caption><tbody>{cells}</tbody></table>"
+    return f'<div class="{kind}" tabindex="0">{inner}</div>'
 
 
 def _row(category: str, name: str, count: int, note: str) -> str:

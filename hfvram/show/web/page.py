@@ -1,6 +1,7 @@
 """The page itself: a form, what it is answered, and how one follows from the other."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Final
 
@@ -59,7 +60,12 @@ def page(runner: Runner, *, local_gpu: bool) -> Any:
                 )
                 with gr.Row():
                     quant = gr.Dropdown(
-                        list(CHOICES["quant"]), value="auto", label="Quantization", elem_id="quant", min_width=150
+                        list(CHOICES["quant"]),
+                        value="auto",
+                        label="Quantization",
+                        allow_custom_value=True,
+                        elem_id="quant",
+                        min_width=150,
                     )
                     engine = gr.Dropdown(
                         list(CHOICES["engine"]), value="transformers", label="Engine", elem_id="engine", min_width=120
@@ -91,24 +97,29 @@ def page(runner: Runner, *, local_gpu: bool) -> Any:
         hidden = gr.update(visible=False)
         idle, busy = gr.update(visible=False), gr.update(visible=True)
 
-        async def respond(asked: Asked, visitor: str) -> AsyncIterator[dict[Any, Any]]:
+        async def respond(asked: Asked, visitor: str) -> AsyncGenerator[dict[Any, Any], None]:
             """The page after each step of an answer."""
             begun = False
             answered: Estimate | None = None
             try:
-                async for step in runner.answer(asked, visitor):
-                    if isinstance(step, Waiting):
-                        said = figures.progress(step, asked)
-                        yield (
-                            {told: said, stop: busy} if begun or answered else shown(said, "", hidden, "", hidden, busy)
-                        )
-                        begun = True
-                    elif isinstance(step, Estimate):
-                        answered = step
-                        drawing = "" if step.request.mode == "inference" else figures.DRAWING
-                        yield shown(drawing, figures.answer(step, asked), hidden, "", hidden, busy if drawing else idle)
-                    elif isinstance(step, Pictures) and answered:
-                        yield pictures(answered, step)
+                async with aclosing(runner.answer(asked, visitor)) as steps:
+                    async for step in steps:
+                        if isinstance(step, Waiting):
+                            said = figures.progress(step, asked)
+                            yield (
+                                {told: said, stop: busy}
+                                if begun or answered
+                                else shown(said, "", hidden, "", hidden, busy)
+                            )
+                            begun = True
+                        elif isinstance(step, Estimate):
+                            answered = step
+                            drawing = "" if step.request.mode == "inference" else figures.DRAWING
+                            yield shown(
+                                drawing, figures.answer(step, asked), hidden, "", hidden, busy if drawing else idle
+                            )
+                        elif answered and (drawn := pictures(answered, step)):
+                            yield drawn
                 if not answered:
                     yield {told: figures.CANCELLED, stop: idle}
                 else:
@@ -120,7 +131,7 @@ def page(runner: Runner, *, local_gpu: bool) -> Any:
                     yield shown("", figures.failure(error), hidden, "", hidden, idle)
 
         def pictures(e: Estimate, step: Pictures) -> dict[Any, Any]:
-            drawn = {told: "", stop: idle}
+            drawn: dict[Any, Any] = {}
             if len(step.curve) > 1:
                 drawn[curve] = gr.update(value=charts.curve(e, step.curve), visible=True)
                 drawn[words] = figures.curve_table(step.curve)
@@ -138,17 +149,18 @@ def page(runner: Runner, *, local_gpu: bool) -> Any:
             gpu: str,
             more: str,
             request: gr.Request,
-        ) -> AsyncIterator[dict[Any, Any]]:
+        ) -> AsyncGenerator[dict[Any, Any], None]:
             values = dict(zip(FORM, (mode, ctx, batch, quant, engine, gpu), strict=True))
             try:
                 asked = from_form(model, more, values, local_gpu=local_gpu)
             except HfvramError as error:
                 yield shown("", figures.failure(error), hidden, "", hidden, idle)
                 return
-            async for update in respond(asked, str(request.session_hash)):
-                yield update
+            async with aclosing(respond(asked, str(request.session_hash))) as updates:
+                async for update in updates:
+                    yield update
 
-        async def asked_in_address(request: gr.Request) -> AsyncIterator[dict[Any, Any]]:
+        async def asked_in_address(request: gr.Request) -> AsyncGenerator[dict[Any, Any], None]:
             try:
                 asked = from_query(dict(request.query_params), local_gpu=local_gpu)
             except HfvramError as error:
@@ -158,8 +170,9 @@ def page(runner: Runner, *, local_gpu: bool) -> Any:
                 yield {told: ""}
                 return
             yield dict(zip(controls, in_controls(asked), strict=True))
-            async for update in respond(asked, str(request.session_hash)):
-                yield update
+            async with aclosing(respond(asked, str(request.session_hash))) as updates:
+                async for update in updates:
+                    yield update
 
         def stopped(request: gr.Request) -> None:
             runner.stop(str(request.session_hash))
@@ -182,5 +195,8 @@ def page(runner: Runner, *, local_gpu: bool) -> Any:
 
 def in_controls(asked: Asked) -> tuple[str, ...]:
     """What each control shows for a question; a control that can't show it leaves it to the other options."""
-    values: Mapping[str, Any] = {"mode": "inference", "quant": "auto", "engine": "transformers"} | dict(asked.options)
+    values: dict[str, Any] = {"quant": "auto"} | dict(asked.options)
+    for name in ("mode", "engine"):
+        if values.get(name) not in CHOICES[name]:
+            values[name] = CHOICES[name][0]
     return (asked.model, *(str(values.get(name, "")) for name in FORM), asked.more)

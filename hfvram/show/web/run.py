@@ -9,8 +9,9 @@ import multiprocessing
 import os
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from threading import Lock, Timer
@@ -30,9 +31,7 @@ LIMIT_SECONDS: Final = 180.0
 LOOK_SECONDS: Final = 0.02
 TELL_SECONDS: Final = 0.5
 """So often a visitor is told how long it has taken."""
-QUICK: Final = frozenset(
-    ("ctx", "batch", "quant", "engine", "gpu", "dtype", "kv_dtype", "cache", "attention", "padding", "phase", "kernels")
-)
+QUICK: Final = frozenset(("ctx", "batch", "quant", "engine", "gpu", "dtype", "attention", "padding", "kernels"))
 """Options with which an inference takes milliseconds, whatever their value."""
 WARM_SECONDS: Final = 15.0
 THREADS: Final = 16
@@ -56,7 +55,7 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
-    """What is drawn beside an answer: memory over contexts, and through a training step."""
+    """What is drawn beside an answer, one or both: memory over contexts, and through a training step."""
 
     curve: tuple[Point, ...]
     course: Course | None
@@ -94,7 +93,7 @@ class Runner:
             event.set()
         return event is not None
 
-    async def answer(self, asked: Asked, visitor: str) -> AsyncIterator[Step]:
+    async def answer(self, asked: Asked, visitor: str) -> AsyncGenerator[Step, None]:
         """The estimate, then pictures; `Waiting` before it. Ends early where it is stopped. Raises `HfvramError`."""
         request = asked.request
         if not asked.model:
@@ -104,19 +103,20 @@ class Runner:
         try:
             quick = is_quick(asked, request)
             if quick:
-                async for step in self._in_thread(asked):
-                    if step is None:
-                        quick = False
-                        break
-                    yield step
+                async with aclosing(self._in_thread(asked)) as steps:
+                    async for step in steps:
+                        quick = step is not None
+                        if step is not None:
+                            yield step
             if not quick:
-                async for step in self._in_process(asked, stopped):
-                    yield step
+                async with aclosing(self._in_process(asked, stopped)) as steps:
+                    async for step in steps:
+                        yield step
         finally:
             if self._stopped.get(visitor) is stopped:
                 del self._stopped[visitor]
 
-    async def _in_thread(self, asked: Asked) -> AsyncIterator[Step | None]:
+    async def _in_thread(self, asked: Asked) -> AsyncGenerator[Step | None, None]:
         """The steps; or None where the model turns out to have no formula."""
         loop, start = asyncio.get_running_loop(), time.monotonic()
         steps = quick_work(asked, self._models.session(asked.model))
@@ -135,14 +135,17 @@ class Runner:
                 return
             yield step
 
-    async def _in_process(self, asked: Asked, stopped: asyncio.Event) -> AsyncIterator[Step]:
+    async def _in_process(self, asked: Asked, stopped: asyncio.Event) -> AsyncGenerator[Step, None]:
         start = time.monotonic()
-        while self._slots.locked() and not stopped.is_set():
-            yield Waiting(time.monotonic() - start, True)
-            await asyncio.wait({asyncio.ensure_future(stopped.wait())}, timeout=TELL_SECONDS)
-        if stopped.is_set():
-            return
-        async with self._slots:
+        while True:
+            if stopped.is_set():
+                return
+            try:
+                await asyncio.wait_for(self._slots.acquire(), TELL_SECONDS)
+                break
+            except TimeoutError:
+                yield Waiting(time.monotonic() - start, True)
+        try:
             start = told = time.monotonic()
             ours, theirs = self._context.Pipe(duplex=False)
             process = self._context.Process(target=_send, args=(theirs, asked), daemon=True)
@@ -175,6 +178,8 @@ class Runner:
                 ours.close()
                 process.kill()
                 await asyncio.to_thread(process.join)
+        finally:
+            self._slots.release()
 
 
 class RecentModels:
@@ -215,7 +220,9 @@ def work(asked: Asked, session: Session) -> Iterator[Step]:
     estimate = session.estimate(asked.model, request, **asked.source)
     yield estimate
     model = session.model(asked.model, request, **asked.source)
-    yield Pictures(curve_of(model, estimate.request), course_of(model, estimate.request))
+    yield Pictures(curve_of(model, estimate.request), None)
+    if found := course_of(model, estimate.request):
+        yield Pictures((), found)
 
 
 def quick_work(asked: Asked, session: Session) -> Iterator[Step | None]:
