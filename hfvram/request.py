@@ -99,6 +99,7 @@ class Request:
     cp: int = 1
     sp: bool = False
     zero: int | None = None
+    zero_bucket: str | None = None
     fsdp: str | None = None
     offload: tuple[str, ...] = ()
     resident_experts: int = 0
@@ -165,6 +166,10 @@ class Request:
                 raise HfvramError("usage", f"{_flag(name)} {share} is not in 0 < F ≤ 1")
         if self.requests is not None:
             lengths(self.requests)
+        if self.zero_bucket not in (None, "auto") and not 1 <= (_float(str(self.zero_bucket)) or 0) <= 10**12:
+            raise HfvramError(
+                "usage", f"--zero-bucket {printable(str(self.zero_bucket), 40)} is neither auto nor elements, as in 2e8"
+            )
         if self.zero is not None and self.zero not in (0, 1, 2, 3):
             raise HfvramError("usage", f"--zero {self.zero} is not one of 0, 1, 2, 3")
 

@@ -201,3 +201,19 @@ def test_layers_that_are_left_out_count() -> None:
     written, whole = (timeline(infer(deep), request, whole=w) for w in (False, True))
     assert written.elsewhere == whole.elsewhere
     assert replay(written).allocated_bytes == replay(whole).allocated_bytes
+
+
+def test_the_reduce_bucket_is_as_large_as_the_configuration_says() -> None:
+    """2 B an element: DeepSpeed's 5e8, hidden² = 2048² under `auto`, or a number."""
+    assert most(formed(zero=2), "DeepSpeed's reduce bucket") == 2 * BUCKET
+    assert most(formed(zero=2, zero_bucket="auto"), "DeepSpeed's reduce bucket") == 2 * 2048 * 2048
+    assert most(formed(zero=3, zero_bucket="2e8"), "DeepSpeed's reduce bucket") == 2 * 200_000_000
+    for wrong in ("much", "-1", "1e13", "nan"):
+        with pytest.raises(HfvramError, match="--zero-bucket"):
+            formed(zero=2, zero_bucket=wrong)
+
+
+def test_auto_keeps_small_parameters_whole() -> None:
+    """Up to 10·h = 20,480 elements: the norms of 22 layers and the last one, 45 of 2,048, as up to 1e5 by default."""
+    for asked in (None, "auto"):
+        assert standing(formed(zero=3, zero_bucket=asked))["small parameters that stay whole"] == 45 * 2048 * 2

@@ -33,7 +33,7 @@ LLAMA = "meta-llama/Llama-3.1-8B"
             "TrainingArguments or TRL",
             None,
             {"mode": "train", "batch": 2, "grad_accum": 16, "optimizer": "adamw_torch", "mixed_precision": "bf16"}
-            | {"gradient_checkpointing": True, "zero": 3, "offload": ("optimizer",)},
+            | {"gradient_checkpointing": True, "zero": 3, "zero_bucket": "auto", "offload": ("optimizer",)},
         ),
         (
             "axolotl-qlora.yml",
@@ -67,7 +67,13 @@ LLAMA = "meta-llama/Llama-3.1-8B"
             "LLaMA-Factory",
             "Qwen/Qwen3-8B",
             {"mode": "train", "ctx": 4096, "batch": 2, "grad_accum": 4, "dtype": "fp32", "mixed_precision": "bf16"}
-            | {"gradient_checkpointing": True, "optimizer": "adamw_torch_fused", "zero": 3, "offload": ("optimizer",)},
+            | {
+                "gradient_checkpointing": True,
+                "optimizer": "adamw_torch_fused",
+                "zero": 3,
+                "zero_bucket": "auto",
+                "offload": ("optimizer",),
+            },
         ),
         (
             "accelerate-fsdp.yaml",
@@ -83,7 +89,12 @@ LLAMA = "meta-llama/Llama-3.1-8B"
             {"mode": "train", "gpus": 8, "mixed_precision": "bf16", "zero": 2, "offload": ("optimizer",)}
             | {"grad_accum": 4},
         ),
-        ("zero3.json", "DeepSpeed", None, {"mode": "train", "zero": 3, "offload": ("optimizer",)}),
+        (
+            "zero3.json",
+            "DeepSpeed",
+            None,
+            {"mode": "train", "zero": 3, "zero_bucket": "auto", "offload": ("optimizer",)},
+        ),
     ],
 )
 def test_what_each_project_documents(file: str, kind: str, model: str | None, options: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from hfvram.memory.forward import ELEMENT_BYTES, Forward
 from hfvram.memory.generation import MEASURED, generation
 from hfvram.memory.mesh import mesh_of
 from hfvram.memory.tensor_parallel import NO_PLAN
-from hfvram.memory.training.deepspeed import BUCKET_ELEMENTS, auto_bucket
+from hfvram.memory.training.deepspeed import buckets
 from hfvram.model.adapter import defaults
 from hfvram.model.architecture import Architecture
 from hfvram.model.layers import Attention
@@ -178,10 +178,17 @@ def _deepspeed(architecture: Architecture, request: Request, dtype: str) -> list
     """What is assumed of DeepSpeed: its defaults, and the one dtype that it trains in."""
     own = dtype if request.mixed_precision == "no" else request.mixed_precision
     e = ELEMENT_BYTES[own]
-    default, auto = gib(BUCKET_ELEMENTS * e), gib(auto_bucket(architecture.hidden_size) * e)
+    chosen, auto = (gib(buckets(x, architecture.hidden_size).reduce * e) for x in (request.zero_bucket, "auto"))
+    if request.zero_bucket:
+        of = "auto, as transformers makes it" if request.zero_bucket == "auto" else f"{request.zero_bucket} elements"
+        told = f"DeepSpeed's reduce bucket of {of}: {chosen}"
+    else:
+        told = (
+            f"DeepSpeed's own defaults: a reduce bucket of 5e8 elements ({chosen}); reduce_bucket_size auto in a "
+            f"configuration of transformers makes it {auto} (--zero-bucket auto)"
+        )
     said = [
-        f"DeepSpeed's own defaults: a reduce bucket of 5e8 elements ({default}); reduce_bucket_size auto in a "
-        f"configuration of transformers makes it {auto}",
+        told,
         f"DeepSpeed trains in {own} without autocast{', its master weights in fp32' if own != 'fp32' else ''}",
     ]
     if request.offload:

@@ -20,9 +20,11 @@ def check_splits(request: Request) -> None:
                 f"--cp {request.cp} shares the sequence of a training step, and keeps no cache to generate from: "
                 "valid for --mode inference is --cp 1, where --tp shares the heads and their cache"
             )
-        if zero:
+        if zero or request.zero_bucket:
             raise _usage("--zero is for training, --mode inference has no use for it")
         return
+    if request.zero_bucket and not zero:
+        raise _usage("--zero-bucket is ZeRO's: valid with --zero 1, 2 or 3")
     if zero and request.fsdp:
         raise _usage(f"--zero {zero} and --fsdp {request.fsdp} both shard: valid is one of them")
     if request.method == "simulate" and (zero or offload):

@@ -71,10 +71,23 @@ def _zero(zero: Keys) -> None:
             _offload(part, what)
     if zero.flag("cpu_offload"):
         zero.offload("optimizer")
-    if buckets := [name for name in BUCKETS if zero.values.get(name) is not None]:
-        zero.taken |= set(BUCKETS)
-        zero.notes.append(f"{zero.file}: buckets count as DeepSpeed's own defaults, not as in {', '.join(buckets)}")
+    _buckets(zero)
     zero.finish(ZERO_NO_MATTER, ZERO_UNCOUNTED)
+
+
+def _buckets(zero: Keys) -> None:
+    """The reduce bucket, and with `auto` what follows from the hidden size; other numbers are told, not counted."""
+    size = zero.values.get("reduce_bucket_size")
+    zero.taken.add("reduce_bucket_size")
+    if size is not None and zero.options["zero"]:
+        number = str(size).strip()
+        if number != "auto" and not number.replace(".", "").replace("e", "").replace("+", "").isdigit():
+            raise zero.wrong("reduce_bucket_size", size, "a number of elements, or auto")
+        zero.put(zero_bucket=number)
+    others = [name for name in BUCKETS[1:] if zero.values.get(name) not in (None, "auto")]
+    zero.taken |= set(BUCKETS)
+    if others:
+        zero.notes.append(f"{zero.file}: counted as DeepSpeed's defaults or auto, not as here: {', '.join(others)}")
 
 
 def _offload(part: Keys, what: str) -> None:

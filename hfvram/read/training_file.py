@@ -193,8 +193,10 @@ def _without(said: dict[str, Any], given: Mapping[str, Any]) -> tuple[dict[str, 
         drop = set(FOR_QUANTIZED)
     if given.get("zero") is not None and said.get("fsdp"):
         drop |= {"fsdp"}
+    if str(given.get("zero")) == "0":
+        drop |= {"zero_bucket"}
     if given.get("fsdp") and said.get("zero"):
-        drop |= {"zero"}
+        drop |= {"zero", "zero_bucket"}
         said = said | {"offload": tuple(o for o in said.get("offload", ()) if o in ("params", "activations"))}
     words = sorted(k.replace("_", " ") for k in drop - {"mode"} - set(given))
     kept = {k: v for k, v in said.items() if k not in drop}

@@ -73,6 +73,7 @@ GROUPS = (
         ("--cp", "N", "context parallel (1)"),
         ("--sp", "", "Megatron's sequence parallelism"),
         ("--zero", "STAGE", "DeepSpeed ZeRO: 0, 1, 2, 3"),
+        ("--zero-bucket", "N", "its reduce bucket in elements (5e8), or auto: as transformers makes it"),
         ("--fsdp", "", "FSDP"),
         ("--offload", "WHAT", "to CPU memory: optimizer, params, activations, experts, layers (or optimizer=nvme)"),
         ("--cpu-memory", "SIZE", "free for a model that is placed over --gpus of size --gpu; the rest goes to disk"),

@@ -74,8 +74,8 @@ class Units:
             t.optimizer_bytes += times * (kept_bytes(optimizer.kept, leaf) + managed)
 
 
-def units(t: Tape, states: States, request: Request, groups: int) -> Units:
-    """What the request asks for; `groups` of repeated layers there are in truth (`stretch.plan`)."""
+def units(t: Tape, states: States, request: Request, groups: int, hidden: int) -> Units:
+    """What the request asks for; `groups` of repeated layers there are in truth (`stretch.plan`), of size `hidden`."""
     if request.fsdp:
         from hfvram.memory.training.fsdp import Fsdp
 
@@ -83,7 +83,7 @@ def units(t: Tape, states: States, request: Request, groups: int) -> Units:
     if request.zero:
         from hfvram.memory.training.zero import Zero
 
-        return Zero(t, states, request, groups)
+        return Zero(t, states, request, groups, hidden)
     if mesh_of(request).data * request.ep * request.cp > 1:
         from hfvram.memory.training.ddp import Ddp
 

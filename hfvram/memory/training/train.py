@@ -96,7 +96,7 @@ def timeline(
     hides = tape.new(ids.shape, "int64", None, PADDING) if request.padding else None
     first = States(architecture, beside, training.make, stack=tower) if tower else None
     states = States(architecture, layers, training.make, training.head, encoder=first)
-    parts = units(tape, states, request, groups)
+    parts = units(tape, states, request, groups, architecture.hidden_size)
     tape.units = parts if type(parts) is not Units else None
     if training.adapted:
         training.adapt(tape, casts, held(request))

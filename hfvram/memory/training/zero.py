@@ -1,7 +1,7 @@
 """DeepSpeed's ZeRO: flat partitions with fp32 masters, buckets of gradients, parameters gathered as modules need them.
 
-Buckets have DeepSpeed's own sizes, which hold where a configuration says nothing (accelerate without a file); `auto`
-in a configuration of transformers makes them of the hidden size (`deepspeed.auto_bucket`). A model trains in one dtype,
+Buckets have DeepSpeed's own sizes, which hold where a configuration says nothing (accelerate without a file), or those
+of `--zero-bucket` (`deepspeed.buckets`). A model trains in one dtype,
 without autocast. Two simplifications keep layers alike. Of ZeRO-1 and 2 the GPU leads whose part is reduced first,
 while all activations stand, and a full bucket is reduced with the first gradient. Of ZeRO-3 a layer's parameters are
 gathered as far as its widest module and the prefetch reach, and whole where they are computed again.
@@ -18,14 +18,12 @@ from hfvram.memory.mesh import mesh_of
 from hfvram.memory.timeline import Elsewhere, Tag, Timeline
 from hfvram.memory.training.data_parallel import Units, on_stream
 from hfvram.memory.training.deepspeed import (
-    BUCKET_ELEMENTS,
     PARAM_BUFFER_ELEMENTS,
     PARAM_BUFFERS,
-    PERSISTENCE_ELEMENTS,
-    PREFETCH_ELEMENTS,
     REUSE_ELEMENTS,
     SUB_GROUP_ELEMENTS,
     SWAP_BUFFERS,
+    buckets,
 )
 from hfvram.memory.training.optimizers import STEPS, Optimizer, kept_bytes
 from hfvram.memory.training.states import Blocks, Leaf, States
@@ -43,7 +41,7 @@ MASTERS = Tag("master weights in fp32, one part of n", "optimizer", "P÷n·4", S
 BUCKET = Tag(
     "DeepSpeed's reduce bucket",
     "workspace",
-    f"{BUCKET_ELEMENTS}·e",
+    "its elements·e",
     f"{STAGE_2} setup_buckets; config.py reduce_bucket_size",
 )
 REDUCING = Tag(
@@ -81,10 +79,11 @@ def ceil_div(n: int, by: int) -> int:
 class Zero(Units):
     """Stages 1 to 3; `--offload optimizer` and `params` move parts to CPU memory, or on to NVMe."""
 
-    def __init__(self, t: Tape, states: States, request: Request, groups: int) -> None:
+    def __init__(self, t: Tape, states: States, request: Request, groups: int, hidden: int) -> None:
         super().__init__(t, states)
         if request.optimizer in OWN:
             raise _no_optimizer(request, "--zero", [x for x in STEPS if x not in OWN])
+        self.sizes = buckets(request.zero_bucket, hidden)
         self.stage, self.ranks, self.groups = request.zero or 0, mesh_of(request).data, groups
         self.checkpointing, self.accumulates = request.gradient_checkpointing, request.grad_accum > 1
         self.away: Elsewhere | None = _place(request, "optimizer")
@@ -150,12 +149,12 @@ class Zero(Units):
             t.elsewhere.append((self.params_away, PARAMETERS, nbytes))
             if self.params_away == "nvme":
                 t.elsewhere.append(("cpu", PINNED, PARAM_BUFFERS * PARAM_BUFFER_ELEMENTS * self.item))
-        small = [x.tensor for x in self._counted(self.states.every()) if x.tensor.numel <= PERSISTENCE_ELEMENTS]
+        small = [x.tensor for x in self._counted(self.states.every()) if x.tensor.numel <= self.sizes.persistence]
         if small and self.ranks > 1:
             t.alloc(sum(x.nbytes for x in small), PERSISTENT)
         if self.away is None:
             t.alloc(self.part * self.item, PARTITION)
-        t.alloc(BUCKET_ELEMENTS * self.item, BUCKET)
+        t.alloc(self.sizes.reduce * self.item, BUCKET)
 
     def _elsewhere(self, t: Timeline) -> None:
         """Masters, states and gradients of an optimizer that runs on the CPU: 16 to 18 bytes a parameter with Adam."""
@@ -220,14 +219,16 @@ class Zero(Units):
         return self.stage == 3 and self.ranks > 1
 
     def _root(self, leaves: Iterable[Leaf]) -> int:
-        return sum(x.tensor.numel for x in leaves if x.tensor.numel > PERSISTENCE_ELEMENTS)
+        return sum(x.tensor.numel for x in leaves if x.tensor.numel > self.sizes.persistence)
 
     def _window(self, blocks: Blocks, whole: bool) -> int:
         """Elements that stand of a layer at once: the module at work, and what is fetched ahead of it."""
-        sizes = [x.tensor.numel for x in self.states.every(blocks) if x.tensor.numel > PERSISTENCE_ELEMENTS]
-        ahead = min(PREFETCH_ELEMENTS + max(sizes, default=0), sum(sizes))  # the last one fetched may exceed it
+        sizes = [x.tensor.numel for x in self.states.every(blocks) if x.tensor.numel > self.sizes.persistence]
+        ahead = min(self.sizes.prefetch + max(sizes, default=0), sum(sizes))  # the last one fetched may exceed it
         return (
-            sum(sizes) + min(PREFETCH_ELEMENTS, sum(sizes)) if whole else min(max(sizes, default=0) + ahead, sum(sizes))
+            sum(sizes) + min(self.sizes.prefetch, sum(sizes))
+            if whole
+            else min(max(sizes, default=0) + ahead, sum(sizes))
         )
 
     def _stays(self) -> int:
@@ -252,7 +253,7 @@ class Zero(Units):
     def _gather(self, elements: int) -> int:
         t = self.tape.timeline
         nbytes = elements * self.item
-        ahead = min(PREFETCH_ELEMENTS, elements) * self.item
+        ahead = min(self.sizes.prefetch, elements) * self.item
         flat = on_stream(t, ALL_GATHER, t.alloc(ahead, GATHERED))  # several in one buffer, and then each in its own
         handle = on_stream(t, ALL_GATHER, t.alloc(nbytes, GATHERED))
         t.free(flat)
@@ -265,14 +266,14 @@ class Zero(Units):
         if not self.begun:
             self.begun = True
             if self.stage < 3:
-                self.bucket = t.alloc(BUCKET_ELEMENTS * self.item, BUCKET)
+                self.bucket = t.alloc(self.sizes.reduce * self.item, BUCKET)
             if self.stage > 1:
                 self._begin()
         if self.stage == 1:
             return
         self._reduce_large()
         if parameter.grad is not None:
-            if parameter.grad.numel > BUCKET_ELEMENTS:
+            if parameter.grad.numel > self.sizes.reduce:
                 self.large = parameter
             else:
                 parameter.grad = None  # it lies in the bucket
@@ -286,7 +287,7 @@ class Zero(Units):
             else:
                 self.added = came  # to what earlier batches left
         if self.ranks > 1:
-            self._moment(min(BUCKET_ELEMENTS, self.whole) * self.item, REDUCING)
+            self._moment(min(self.sizes.reduce, self.whole) * self.item, REDUCING)
 
     def _reduce_large(self) -> None:
         parameter, self.large = self.large, None
