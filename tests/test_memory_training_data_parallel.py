@@ -117,11 +117,14 @@ def test_other_layers_tied_heads_and_biases(config: dict[str, Any]) -> None:
     assert sequence(formed(config, on_meta=True, **options)) == sequence(exact)
 
 
-def test_a_unit_within_a_unit_is_said() -> None:
+def test_a_unit_within_a_unit() -> None:
+    """Mamba's layers hold a norm of h 64, and their mixers are gathered apart: d 128, N 16, a step's rank of 4."""
     mamba = {"model_type": "mamba", "vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 3, "state_size": 16}
-    assert formed(mamba).fullest_bytes() > 0
-    with pytest.raises(HfvramError, match="whose mixers are units of their own"):
-        formed(mamba, fsdp="full_shard")
+    t = formed(mamba, fsdp="full_shard", gpus=4)
+    gathers = {n for n, tag in zip(t.sizes, t.tags, strict=True) if tag.name == "all-gather of FSDP"}
+    convolution, projections = 128 * 4 + 128, 64 * 256 + 128 * (4 + 2 * 16) + 4 * 128 + 128 + 128 * 64
+    root = 256 * 64 + 64
+    assert gathers == {2 * 64, 2 * (convolution + projections + 128 * 16 + 128), 2 * root}
 
 
 @pytest.mark.parametrize("case", SHARDED, ids=lambda c: c["id"])

@@ -147,3 +147,27 @@ def test_peaks_of_an_h100() -> None:
         assert peaks.allocated_bytes == pytest.approx(measured["peak_allocated_bytes"], rel=5e-4), case["id"]
         assert peaks.reserved_bytes == pytest.approx(measured["peak_reserved_bytes"], rel=2e-2), case["id"]
     assert answered == 9
+
+
+SHARDED: list[dict[str, Any]] = [
+    {},
+    {"gradient_checkpointing": True, "fsdp": "shard_grad_op"},
+    {"mixed_precision": "bf16", "dtype": "fp32", "grad_accum": 2},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("options", SHARDED, ids=str)
+def test_sharded_as_pytorchs_own_code(name: str, options: dict[str, Any]) -> None:
+    """FSDP2 over each layer, and over Mamba's mixers within them; some gathers are let go some events later."""
+    pytest.importorskip("torch")
+    from hfvram.memory.exact.simulate import simulate
+
+    asked = {"mode": "train", "ctx": 32, "dtype": "bf16", "quant": "none", "gpus": 4, "fsdp": "full_shard"} | options
+    exact = simulate(MODELS[name], None, Request.from_dict(asked | {"method": "simulate"}))
+    formula = formed(MODELS[name], on_meta=True, **asked)
+    assert sorted(sequence(formula)) == sorted(sequence(exact))
+    assert formula.fullest_bytes() == pytest.approx(exact.fullest_bytes(), abs=2048)
+    for fact in ("gradients_bytes", "optimizer_bytes", "trainable_parameters"):
+        assert getattr(formula, fact) == getattr(exact, fact)

@@ -39,6 +39,14 @@ class Units:
         """A layer has run."""
         return hidden
 
+    def enter_part(self, leaves: list[Leaf], hidden: Tensor) -> Tensor:
+        """A mixer within a layer is about to run over this input."""
+        return hidden
+
+    def leave_part(self, leaves: list[Leaf], hidden: Tensor) -> Tensor:
+        """A mixer within a layer has run."""
+        return hidden
+
     def leave_model(self, outputs: Iterable[Tensor]) -> None:
         """The forward pass is over."""
 

@@ -1,6 +1,7 @@
 """FSDP2: parameters sharded by rows, gathered layer by layer on a stream of their own, gradients reduced on another.
 
-Units are the decoder's layers and, as the root, all that is left, as accelerate wraps them. Source: PyTorch 2.11,
+Units are the decoder's layers (and Mamba's mixers within them) and, as the root, all that is left, as accelerate wraps
+them. Source: PyTorch 2.11,
 torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py, _fsdp_collectives.py, _fsdp_state.py, _fsdp_param.py. Held
 event by event against that code (`memory/exact/sharded.py`).
 """
@@ -11,14 +12,16 @@ from typing import Final
 from hfvram.errors import HfvramError
 from hfvram.memory.mesh import mesh_of
 from hfvram.memory.timeline import Tag
-from hfvram.memory.training.blocks import unknown
+from hfvram.memory.training import operators as op
+from hfvram.memory.training.blocks import HIDDEN, unknown
 from hfvram.memory.training.data_parallel import Units, on_stream
 from hfvram.memory.training.optimizers import Optimizer
 from hfvram.memory.training.states import Blocks, Leaf, States
 from hfvram.memory.training.stretch import TEMPLATE, copies
 from hfvram.memory.training.tape import GRADIENTS, Saved, Tape
-from hfvram.memory.training.tensors import ITEM_BYTES, Storage, Tensor, contiguous
+from hfvram.memory.training.tensors import FLOATING, ITEM_BYTES, Storage, Tensor, contiguous
 from hfvram.memory.weights import sharded
+from hfvram.model.layers import Layer, Mamba1
 from hfvram.request import Request
 
 PARAM_GROUP: Final = "PyTorch 2.11: _fully_shard/_fsdp_param_group.py"
@@ -61,6 +64,12 @@ def replicas_and_shards(request: Request) -> tuple[int, int]:
     return max(1, over // node), min(over, node)
 
 
+def within(layer: Layer) -> bool:
+    """Whether its mixer is a unit within the layer's, which then holds the norm alone: `MambaBlock` and `MambaMixer`,
+    which transformers never splits over devices either."""
+    return layer.feed_forward is None and any(isinstance(m, Mamba1) for m in layer.mixers)
+
+
 class Unit:
     """Parameters that are gathered and reduced together."""
 
@@ -99,7 +108,12 @@ class Fsdp(Units):
         """The dtype that gradients are reduced in, where it is not their own."""
         self.cast: dict[Leaf, bool] = {}
         self.root = self._unit(list(states.every([*states.before, *states.after, *states.head])))
-        self.units = {id(blocks): self._unit(list(states.every(blocks))) for blocks in states.layers}
+        self.units: dict[int, Unit] = {}
+        for blocks, (layer, _) in zip(states.layers, states.written, strict=True):
+            inner = [part for part in blocks.mixers if within(layer)]
+            apart = {id(leaf) for part in inner for leaf in part}
+            self.units[id(blocks)] = self._unit(list(states.every([x for x in blocks if id(x) not in apart])))
+            self.units |= {id(part): self._unit(list(states.every(part))) for part in inner}
         shards = {leaf: shard for u in self._all() for leaf, shard in zip(u.leaves, u.shards, strict=True)}
         self.leaves = [shards[leaf] for leaf in states.trained()]
         self.order: list[Unit] = []
@@ -133,7 +147,15 @@ class Fsdp(Units):
         self._wait(self.root, forward=True)
 
     def enter(self, blocks: Blocks, hidden: Tensor) -> Tensor:
-        unit = self.units[id(blocks)]
+        return self._entered(self.units[id(blocks)], hidden)
+
+    def enter_part(self, leaves: list[Leaf], hidden: Tensor) -> Tensor:
+        unit = self.units.get(id(leaves))
+        return hidden if unit is None else self._entered(unit, hidden)
+
+    def _entered(self, unit: Unit, hidden: Tensor) -> Tensor:
+        if self.low and hidden.dtype in FLOATING:  # `cast_forward_inputs`: of a residual stream in fp32
+            hidden = op.to(self.tape, hidden, self.low, HIDDEN)
         if self.tape.redone is not None:  # what is computed again finds its parameters gathered
             return hidden
         self._unshard(unit)
@@ -152,6 +174,11 @@ class Fsdp(Units):
     def leave(self, blocks: Blocks, hidden: Tensor) -> Tensor:
         if self.tape.redone is None:
             self._left(self.units[id(blocks)], [hidden])
+        return hidden
+
+    def leave_part(self, leaves: list[Leaf], hidden: Tensor) -> Tensor:
+        if self.tape.redone is None and id(leaves) in self.units:
+            self._left(self.units[id(leaves)], [hidden])
         return hidden
 
     def leave_model(self, outputs: Iterable[Tensor]) -> None:

@@ -14,7 +14,7 @@ from hfvram.memory.training.feed_forward import feed_forward
 from hfvram.memory.training.mamba import pieces
 from hfvram.memory.training.selective_scan import mamba
 from hfvram.memory.training.short_convolution import short_convolution
-from hfvram.memory.training.states import Blocks, Weights
+from hfvram.memory.training.states import Blocks, Leaf, Weights
 from hfvram.memory.training.surroundings import Surroundings
 from hfvram.memory.training.tape import Tape
 from hfvram.memory.training.tensors import Tensor
@@ -35,16 +35,24 @@ def state_space(t: Tape, layer: Layer, blocks: Blocks, hidden: Tensor, around: S
     elif layer.feed_forward:
         raise unknown(f"{layer.feed_forward.kind} of {around.class_name}")
     else:
-        hidden, _ = mix(t, layer.mixers[0], Weights(blocks.mixers[0]), hidden, around)
+        hidden, _ = _mixed(t, layer.mixers[0], blocks.mixers[0], hidden, around)
     return op.add(t, residual, hidden, STREAM)
+
+
+def _mixed(t: Tape, part: Mixer, leaves: list[Leaf], x: Tensor, around: Surroundings) -> Attended:
+    """The mixer, and what FSDP does around it where it is a unit of its own."""
+    if t.units is None:
+        return mix(t, part, Weights(leaves), x, around)
+    out, weights = mix(t, part, Weights(leaves), t.units.enter_part(leaves, x), around)
+    return t.units.leave_part(leaves, out), weights
 
 
 def mix(t: Tape, part: Mixer, w: Weights, x: Tensor, around: Surroundings) -> Attended:
     """A mixer: attention, or one with a state by its fused kernels."""
     if isinstance(part, Attention):
         return attention(t, part, w, x, around)
-    if around.request.padding or around.request.attention == "flash_attention_2" or around.request.fsdp:
-        raise unknown(f"padding, flash attention or FSDP of {around.class_name}")
+    if around.request.padding or around.request.attention == "flash_attention_2":
+        raise unknown(f"padding or flash attention of {around.class_name}")
     fused = around.request.kernels == "fused"
     if isinstance(part, GatedDeltaNet):
         return delta_net(t, part, w, x, fused, around.caches), None

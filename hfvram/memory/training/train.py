@@ -30,7 +30,7 @@ from hfvram.memory.training.tape import FLOWING, SCRATCH, Input, Tape
 from hfvram.memory.training.tensors import Storage, Tensor, contiguous
 from hfvram.memory.weights import sharded, standing
 from hfvram.model.architecture import Architecture
-from hfvram.model.layers import Attention, GatedDeltaNet, LatentAttention, Layer, Mamba1, Param
+from hfvram.model.layers import Attention, GatedDeltaNet, LatentAttention, Layer, Param
 from hfvram.request import Request
 
 PADDING = Tag("padding mask", "inputs", "b·s·8", "the batch", "exact")
@@ -173,9 +173,6 @@ def refuse(architecture: Architecture, request: Request) -> None:
         raise unknown(architecture.class_name)
     if encodes:
         _refuse_encoder(architecture, request)
-    alone = [m for x in architecture.text.layers if x.feed_forward is None for m in x.mixers]
-    if request.fsdp and any(isinstance(m, Mamba1) for m in alone):
-        raise unknown(f"--fsdp of {architecture.class_name}, whose mixers are units of their own")
     quant = architecture.quantization if request.quant == "auto" else request.quant
     if quant not in (None, "none") and not (request.mode != "train" and quant in ON_LOADING):
         raise unknown(f"--quant {quant}")
