@@ -1,5 +1,6 @@
 """Parameters by headers as real checkpoints store them: packed words, scales, buffers, copies, more layers."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -161,6 +162,22 @@ def test_packed_words_count_as_the_parameters_that_they_hold(name: str) -> None:
     found = count(table, a)
     assert (found.parameters, found.beyond) == (a.parameters, 0)
     assert sum(found.sizes) == sum(t.nbytes for t in table)  # what is loaded is all of it, as it is stored
+
+
+def test_a_bias_that_the_model_has_is_a_parameter_whatever_the_file_calls_its_module() -> None:
+    """Qwen2's queries, keys and values have one; files of older versions have no `language_model` in their names."""
+    config = {**LLAMA, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "rope_scaling": None}
+    config |= {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    a = infer(config)
+    table = packed(a, gptq(4))
+    renamed = [replace(t, name=t.name.replace("model.", "model.language_model.")) for t in tensors(table)]
+    assert count(renamed, a).parameters == a.parameters
+
+
+def test_a_routers_correction_is_a_buffer_where_the_model_has_no_such_parameter() -> None:
+    a = infer(LLAMA)
+    table = plain(a) | {"model.layers.0.mlp.gate.e_score_correction_bias": ("F32", (256,))}
+    assert count(tensors(table), a).parameters == a.parameters
 
 
 def test_a_plain_checkpoint() -> None:

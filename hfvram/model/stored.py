@@ -18,6 +18,8 @@ _NOT_PARAMETERS = re.compile(
     r"|input_global_scale|weight_global_scale|k_scale|v_scale|q_scale|activation_scale)$"
     r"|quant_state\.|_scales$|_blocks_shape$|(^|\.)attn\.bias$|(^|\.)attention\.bias$|_absmax$|\.scale$"
 )
+CORRECTION = "e_score_correction_bias"
+"""Of a router: a buffer of most models, a parameter of some."""
 _TIED = re.compile(
     r"(^|\.)((lm_head|proj_out|embed_out|vocab_projector|generator_lm_head)\.weight"
     r"|(lm_head|predictions)\.decoder\.(weight|bias))$"
@@ -47,6 +49,8 @@ def count(tensors: Iterable[StoredTensor], architecture: Architecture) -> Stored
     tensors = list(tensors)
     names = {t.name for t in tensors}
     built = {p.name for p in architecture.all_params}
+    leaves = {name.rpartition(".")[2] for name in built}
+    within = {_within(name) for name in built}
     modules: dict[str, dict[str, StoredTensor]] = {}
     for tensor in tensors:
         module, _, leaf = tensor.name.rpartition(".")
@@ -68,7 +72,8 @@ def count(tensors: Iterable[StoredTensor], architecture: Architecture) -> Stored
             continue
         sizes.append(tensor.nbytes)
         beside = held is not None and leaf != held[0] and tensor.name not in built and leaf != "bias"
-        if not beside and not _NOT_PARAMETERS.search(tensor.name) and not _is_filler(tensor.name, names, built):
+        beside = beside or (leaf == CORRECTION and leaf not in leaves)
+        if not beside and not _NOT_PARAMETERS.search(tensor.name) and not _is_filler(tensor.name, names, within):
             parameters += n or 0
     return Stored(parameters, beyond, tuple(sizes), told)
 
@@ -89,6 +94,11 @@ def _is_copy(name: str, names: set[str], architecture: Architecture) -> bool:
 
 
 def _is_filler(name: str, names: set[str], built: set[str]) -> bool:
-    """A bias that GPTQ's packing wrote for a layer that has none."""
+    """A bias that GPTQ's packing wrote for a layer that has none. `built` are names from their layer on."""
     module, _, leaf = name.rpartition(".")
-    return leaf == "bias" and f"{module}.qweight" in names and name not in built
+    return leaf == "bias" and f"{module}.qweight" in names and _within(name) not in built
+
+
+def _within(name: str) -> str:
+    """A name from its last layer on: what stands before differs between files and the model that is built of them."""
+    return name[found.start() :] if (found := _LAYER.search(name)) else name
