@@ -9,7 +9,6 @@ from hfvram.errors import HfvramError
 from hfvram.request import Request
 
 NOT_YET: list[tuple[dict[str, Any], str]] = [
-    ({"cache": "paged"}, "dynamic, static, offloaded, quantized"),
     ({"pp": 2}, "1"),
     ({"ep": 8}, "1"),
     ({"sp": True}, "False"),

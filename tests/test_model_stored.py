@@ -177,6 +177,7 @@ def test_a_bias_that_the_model_has_is_a_parameter_whatever_the_file_calls_its_mo
 def test_a_routers_correction_is_a_buffer_where_the_model_has_no_such_parameter() -> None:
     a = infer(LLAMA)
     table = plain(a) | {"model.layers.0.mlp.gate.e_score_correction_bias": ("F32", (256,))}
+    table |= {"model.layers.1.ffn.gate.bias": ("F32", (256,)), "model.layers.0.ffn.gate.tid2eid": ("I64", (1000, 6))}
     assert count(tensors(table), a).parameters == a.parameters
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 
 from hfvram import __version__
-from hfvram.answer import caches, guide, llama_cpp, llama_options, pipeline, placing, serving, serving_options
+from hfvram.answer import caches, guide, llama_cpp, llama_options, paged, pipeline, placing, serving, serving_options
 from hfvram.answer.estimate import Estimate, Fit, Interval, Rank, Recommended
 from hfvram.answer.facts import facts, guide_items
 from hfvram.answer.fit import judge
@@ -169,7 +169,7 @@ def understand(checkpoint: Checkpoint, request: Request, token: str | None = Non
 def answer(model: Model, asked: Request) -> Estimate:
     """The estimate of a model that was read already, with the verdict where a GPU is named."""
     gpu, note = find_gpu(asked.gpu) if asked.gpu else (None, None)
-    served = asked.engine in serving_options.ENGINES
+    served = asked.engine in serving_options.ENGINES or paged.is_paged(asked)
     if gpu and not asked.compute_capability and not served:
         asked = asked.with_(compute_capability=gpu.capability)
     if asked.engine == llama_options.ENGINE:

@@ -16,6 +16,7 @@ from hfvram.model.identify import Model
 from hfvram.request import Request
 
 FLAGS: Final = {
+    "transformers": {"ctx": "--ctx", "quant": "--quant", "max_num_batched_tokens": "--max-num-batched-tokens"},
     "vllm": {
         "ctx": "--max-model-len",
         "kv_dtype": "--kv-cache-dtype",

@@ -2,13 +2,14 @@
 
 from typing import Any, Final
 
-from hfvram.answer import llama_options
+from hfvram.answer import llama_options, paged
 from hfvram.answer.gpus import Gpu
 from hfvram.answer.quantization import AS_IF
 from hfvram.answer.resolve import DEFAULT_CTX
 from hfvram.errors import HfvramError
 from hfvram.memory.forward import ELEMENT_BYTES
 from hfvram.memory.mesh import mesh_of
+from hfvram.memory.serving import paged as pages
 from hfvram.memory.serving import sglang, vllm
 from hfvram.memory.serving.layers import recurrent
 from hfvram.memory.serving.options import Options
@@ -22,8 +23,8 @@ from hfvram.read import engine_line
 from hfvram.request import CHOICES, Request, lengths
 
 ENGINES: Final = ("vllm", "sglang", "llama.cpp")
-NAMES: Final = {"vllm": "vLLM", "sglang": "SGLang"}
-PLANS: Final = {"vllm": vllm.plan, "sglang": sglang.plan}
+NAMES: Final = {"vllm": "vLLM", "sglang": "SGLang", "transformers": "transformers"}
+PLANS: Final = {"vllm": vllm.plan, "sglang": sglang.plan, "transformers": pages.plan}
 SHARED: Final = ("max_num_seqs", "max_num_batched_tokens", "engine_args")
 POOLED: Final = (*SHARED, "enforce_eager", "requests", "draft")
 OWN: Final = {
@@ -45,9 +46,12 @@ CACHE_BYTES: Final = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 def check(request: Request) -> None:
     """Raises `usage` for what a serving engine can't do, and for its options without it."""
     for name in dict.fromkeys(n for names in OWN.values() for n in names):
-        if getattr(request, name) not in (None, False) and name not in OWN.get(request.engine, ()):
+        taken = paged.OWN if paged.is_paged(request) else OWN.get(request.engine, ())
+        if getattr(request, name) not in (None, False) and name not in taken:
             owners = [e for e in ENGINES if name in OWN[e]]
             raise HfvramError("usage", f"--{name.replace('_', '-')} goes with --engine {' or '.join(owners)}")
+    if paged.is_paged(request):
+        paged.check(request)
     if request.engine not in ENGINES:
         return
     default = Request()
@@ -83,6 +87,8 @@ def from_line(request: Request) -> tuple[Request, list[str]]:
 
 def resolve(model: Model, request: Request) -> tuple[Request, list[str]]:
     """The request with nothing left open but what the engine decides, and warnings."""
+    if paged.is_paged(request):
+        return paged.resolve(model, request)
     a, warnings = model.architecture, []
     if a.task != "causal" or not a.generates or not a.closed_form:
         what = "its layers are not known here" if not a.closed_form else "only decoders are"
@@ -172,6 +178,7 @@ def options(model: Model, request: Request, gpu: Gpu | None) -> Options:
         max_num_seqs=request.max_num_seqs,
         max_num_batched_tokens=request.max_num_batched_tokens,
         enforce_eager=request.enforce_eager,
+        flash=request.attention == "flash_attention_2",
         state_dtype=caching.state_dtype(values, *keys),
     )
 

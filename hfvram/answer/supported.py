@@ -11,7 +11,7 @@ SUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
     "mode": ("inference", "train", "lora", "qlora"),
     "engine": ("transformers", "vllm", "sglang", "llama.cpp"),
     "method": ("auto", "formula", "simulate", "guide"),
-    "cache": ("dynamic", "static", "offloaded", "quantized"),
+    "cache": ("dynamic", "static", "offloaded", "quantized", "paged"),
     "pp": (1,),
     "ep": (1,),
     "cp": (1,),

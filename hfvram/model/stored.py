@@ -18,6 +18,8 @@ _NOT_PARAMETERS = re.compile(
     r"|input_global_scale|weight_global_scale|k_scale|v_scale|q_scale|activation_scale)$"
     r"|quant_state\.|_scales$|_blocks_shape$|(^|\.)attn\.bias$|(^|\.)attention\.bias$|_absmax$|\.scale$"
 )
+WHOLE = ("I64", "I32", "BOOL")
+"""Numbers that are no weights where they are not packed words: tables of a router, say."""
 CORRECTION = "e_score_correction_bias"
 """Of a router: a buffer of most models, a parameter of some."""
 _TIED = re.compile(
@@ -50,6 +52,7 @@ def count(tensors: Iterable[StoredTensor], architecture: Architecture) -> Stored
     names = {t.name for t in tensors}
     built = {p.name for p in architecture.all_params}
     leaves = {name.rpartition(".")[2] for name in built}
+    gates = any(name.endswith("gate.bias") for name in built)
     within = {_within(name) for name in built}
     modules: dict[str, dict[str, StoredTensor]] = {}
     for tensor in tensors:
@@ -72,7 +75,8 @@ def count(tensors: Iterable[StoredTensor], architecture: Architecture) -> Stored
             continue
         sizes.append(tensor.nbytes)
         beside = held is not None and leaf != held[0] and tensor.name not in built and leaf != "bias"
-        beside = beside or (leaf == CORRECTION and leaf not in leaves)
+        beside = beside or (leaf == CORRECTION and leaf not in leaves) or (held is None and tensor.dtype in WHOLE)
+        beside = beside or (tensor.name.endswith("gate.bias") and not gates)
         if not beside and not _NOT_PARAMETERS.search(tensor.name) and not _is_filler(tensor.name, names, within):
             parameters += n or 0
     return Stored(parameters, beyond, tuple(sizes), told)

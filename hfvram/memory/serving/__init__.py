@@ -10,5 +10,5 @@ Modelled: vLLM 0.19.0 (V1), SGLang 0.5.23, llama.cpp b10635; files of the first 
 `sglang/srt/`.
 """
 
-MODELLED = {"vllm": "0.19.0", "sglang": "0.5.23", "llama.cpp": "b10635"}
+MODELLED = {"transformers": "5.17", "vllm": "0.19.0", "sglang": "0.5.23", "llama.cpp": "b10635"}
 """The versions whose code the formulas follow."""

@@ -23,6 +23,8 @@ class Options:
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     enforce_eager: bool = False
+    flash: bool = False
+    """Attention by flash-attn, which needs no mask."""
     state_dtype: str | None = None
     """dtype of recurrent states, where the configuration asks for one."""
 
