@@ -181,6 +181,17 @@ def test_a_routers_correction_is_a_buffer_where_the_model_has_no_such_parameter(
     assert count(tensors(table), a).parameters == a.parameters
 
 
+def test_a_scale_that_the_model_has_is_a_parameter() -> None:
+    """Gemma-4's router has one; its layers' and its tower's scalars are buffers."""
+    text = {**LLAMA, "model_type": "gemma4_text", "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2}
+    text |= {"moe_intermediate_size": 64, "head_dim": 64, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
+    a = infer({**text, "architectures": ["Gemma4ForCausalLM"]})
+    names = [p.name for p in a.all_params if p.name.endswith("router.scale")]
+    table = plain(a) | {"model.layers.0.layer_scalar": ("BF16", (1,)), "vision_tower.std_bias": ("BF16", (9,))}
+    assert len(names) == 2
+    assert count(tensors(table), a).parameters == a.parameters
+
+
 def test_a_plain_checkpoint() -> None:
     a = infer(LLAMA)
     found = count(tensors(plain(a)), a)

@@ -12,7 +12,7 @@ from hfvram.read.headers import BITS
 
 _NOT_PARAMETERS = re.compile(
     r"(^|\.)(inv_freq|cos_cached|sin_cached|masked_bias|causal_mask|position_ids|logit_bias_buffer"
-    r"|num_batches_tracked|running_mean|running_var"
+    r"|num_batches_tracked|std_bias|std_scale|layer_scalar|running_mean|running_var"
     r"|g_idx|qzeros|scales|absmax|nested_absmax|quant_map|nested_quant_map|SCB|weight_format"
     r"|weight_scale|weight_scale_2|weight_scale_inv|weight_zero_point|weight_shape|weight_g_idx|input_scale|output_scale"
     r"|input_global_scale|weight_global_scale|k_scale|v_scale|q_scale|activation_scale)$"
@@ -77,7 +77,8 @@ def count(tensors: Iterable[StoredTensor], architecture: Architecture) -> Stored
         beside = held is not None and leaf != held[0] and tensor.name not in built and leaf != "bias"
         beside = beside or (leaf == CORRECTION and leaf not in leaves) or (held is None and tensor.dtype in WHOLE)
         beside = beside or (tensor.name.endswith("gate.bias") and not gates)
-        if not beside and not _NOT_PARAMETERS.search(tensor.name) and not _is_filler(tensor.name, names, within):
+        beside = beside or (bool(_NOT_PARAMETERS.search(tensor.name)) and _within(tensor.name) not in within)
+        if not beside and not _is_filler(tensor.name, names, within):
             parameters += n or 0
     return Stored(parameters, beyond, tuple(sizes), told)
 
