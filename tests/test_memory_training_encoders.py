@@ -69,7 +69,7 @@ def test_what_has_no_formula_is_said() -> None:
     """A bias beside an untied head gets no gradient."""
     with pytest.raises(HfvramError, match="a bias that is never used"):
         timeline(infer(config_of("bert") | {"tie_word_embeddings": False}), request())
-    for other in ("BertModel", "BertForPreTraining", "BertForSequenceClassification"):
+    for other in ("BertModel", "BertForPreTraining", "BertForTokenClassification"):
         with pytest.raises(HfvramError, match=f"{other} has no formula"):
             timeline(infer(config_of("bert") | {"architectures": [other]}), request())
     decoder = {"architectures": ["BertLMHeadModel"], "is_decoder": True}

@@ -105,8 +105,8 @@ def test_no_formula_is_said(options: dict[str, Any]) -> None:
 
 
 def test_another_head_is_said() -> None:
-    with pytest.raises(HfvramError, match="LlamaForSequenceClassification has no formula"):
-        formed(LLAMA | {"architectures": ["LlamaForSequenceClassification"]})
+    with pytest.raises(HfvramError, match="LlamaForTokenClassification has no formula"):
+        formed(LLAMA | {"architectures": ["LlamaForTokenClassification"]})
     with pytest.raises(HfvramError, match="--quant nf4 has no formula"):
         formed(LLAMA, quant="nf4")
 

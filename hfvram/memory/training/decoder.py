@@ -12,6 +12,7 @@ from hfvram.memory.training import bert, gpt, gpt_oss, opt, selection, sequence_
 from hfvram.memory.training import operators as op
 from hfvram.memory.training.attention import attention
 from hfvram.memory.training.blocks import DROPPED, HIDDEN, normalize, unknown
+from hfvram.memory.training.classify import judges, last_token
 from hfvram.memory.training.collectives import embedding, product
 from hfvram.memory.training.dora import look_up
 from hfvram.memory.training.feed_forward import feed_forward
@@ -62,6 +63,8 @@ def forward(
 ) -> tuple[Tensor, list[Tensor]]:
     """One pass with labels. Returns the loss, and what the model's output holds beside it: logits, also routers'."""
     hidden, routed = decode(t, architecture, states, layers, ids, request, received)
+    if judges(architecture):
+        return last_token(t, architecture, states, hidden, ids), routed
     bias = states.head[1].tensor if len(states.head) > 1 else None
     kind = kind_of(architecture)
     if architecture.z_loss:

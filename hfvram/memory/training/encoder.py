@@ -7,6 +7,7 @@ from hfvram.memory.timeline import Tag
 from hfvram.memory.training import operators as op
 from hfvram.memory.training.bert import embed
 from hfvram.memory.training.blocks import activate, normalize, unknown
+from hfvram.memory.training.classify import first_token, judges
 from hfvram.memory.training.decoder import LOG_PROBABILITIES, LOGITS, through
 from hfvram.memory.training.kinds import kind_of
 from hfvram.memory.training.states import States, Weights
@@ -31,19 +32,28 @@ def forward(
     """One pass with labels. Returns the loss and the logits, which the model's output holds."""
     around = Surroundings(architecture.class_name, kind_of(architecture), request)
     around.dropout = layers[0][0].dropout if layers else Dropout()
-    encoded = encode(t, states, layers, ids, around)
+    embedded: list[Tensor] = []
+    encoded = encode(t, states, layers, ids, around, embedded)
+    if judges(architecture):
+        return first_token(t, architecture, states, encoded, embedded, around.dropout.residual), []
+    embedded.clear()
     logits = _masked_head(t, architecture, states, encoded)
     rows = op.reshape(t, logits, -1, logits.shape[-1])
     return op.cross_entropy(t, rows, ids.as_((ids.numel,), (1,)), LOG_PROBABILITIES), [logits]
 
 
 def encode(
-    t: Tape, states: States, layers: list[tuple[Layer, int | None]], ids: Tensor, around: Surroundings
+    t: Tape,
+    states: States,
+    layers: list[tuple[Layer, int | None]],
+    ids: Tensor,
+    around: Surroundings,
+    held: list[Tensor],
 ) -> Tensor:
-    """Hidden states of every token. The embeddings are held to the end."""
-    embedded = embed(t, states.before, ids, around)
+    """Hidden states of every token. The embeddings are `held` to the end of the bare model."""
+    held.append(embed(t, states.before, ids, around))
     around.masks[None] = None  # nothing is masked where all tokens see each other
-    return through(t, layers, states.layers, [embedded], around)
+    return through(t, layers, states.layers, held[:], around)
 
 
 def _masked_head(t: Tape, architecture: Architecture, states: States, hidden: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ from hfvram.memory.training import decoder, encoder, seq2seq
 from hfvram.memory.training import operators as op
 from hfvram.memory.training.adapters import Training
 from hfvram.memory.training.blocks import unknown
+from hfvram.memory.training.classify import judges
+from hfvram.memory.training.classify import labels as class_labels
 from hfvram.memory.training.data_parallel import Units, units
 from hfvram.memory.training.fsdp import replicas_and_shards
 from hfvram.memory.training.kinds import ENCODED, kind_of
@@ -94,6 +96,7 @@ def timeline(
         tape.given = shared[0], shared[1]
         del places, labels, shared
     hides = tape.new(ids.shape, "int64", None, PADDING) if request.padding else None
+    judged = class_labels(tape, architecture, request.batch, request.dtype) if judges(architecture) else None
     first = States(architecture, beside, training.make, stack=tower) if tower else None
     states = States(architecture, layers, training.make, training.head, encoder=first)
     parts = units(tape, states, request, groups, architecture.hidden_size)
@@ -105,7 +108,7 @@ def timeline(
     runs = _runs(model, architecture, states, layers, stage)
     _steps(tape, architecture, runs, ids, optimizer, parts, request, training, stage)
     del runs
-    del hides
+    del hides, judged
     t.events = t.events[:]  # what dies with this function is no part of the run
     t.symbols = symbols(architecture, Forward(batch=request.batch, tokens=request.ctx or 1, dtype=request.dtype))
     tape.given = None
@@ -166,10 +169,14 @@ def refuse(architecture: Architecture, request: Request) -> None:
         raise unknown(f"--mode {request.mode} of {architecture.class_name}")
     if towers(architecture) and (request.fsdp or request.zero or mesh_of(request).gpus > 1):
         raise unknown(f"{architecture.class_name} over several GPUs")
-    if architecture.task not in FORWARD or not architecture.generates or architecture.adapter:
+    judged = judges(architecture)
+    if architecture.task not in FORWARD or not (architecture.generates or judged) or architecture.adapter:
         raise unknown(architecture.class_name)
+    if judged and (request.mode != "train" or mesh_of(request).gpus > 1 or request.fsdp or request.zero):
+        raise unknown(f"adapters or several GPUs of {architecture.class_name}")
     encodes = kind_of(architecture).embedding in ENCODED
-    if encodes != (architecture.task == "encoder") or (encodes and not architecture.class_name.endswith("ForMaskedLM")):
+    masked = architecture.class_name.endswith("ForMaskedLM")
+    if encodes != (architecture.task == "encoder") or (encodes and not masked and not judged):
         raise unknown(architecture.class_name)
     if encodes:
         _refuse_encoder(architecture, request)

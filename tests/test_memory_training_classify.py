@@ -1,0 +1,68 @@
+"""Training of sequence classifiers by formula, against their own code, event by event."""
+
+from typing import Any
+
+import pytest
+from test_memory_training_encoders import config_of
+from test_memory_training_train import GROUPED, LLAMA, formed, live, sequence
+
+from hfvram.errors import HfvramError
+from hfvram.request import Request
+
+ONE = {"id2label": {"0": "good"}, "label2id": {"good": 0}}
+DECODER = GROUPED | {"head_dim": 16, "pad_token_id": 0, "num_local_experts": 4, "num_experts_per_tok": 2}
+CLASSES = {
+    "bert": "Bert",
+    "roberta": "Roberta",
+    "distilbert": "DistilBert",
+    "electra": "Electra",
+    "xlm-roberta": "XLMRoberta",
+    "camembert": "Camembert",
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "gemma": "Gemma",
+    "gemma2": "Gemma2",
+    "mixtral": "Mixtral",
+}
+ENCODERS = ("bert", "roberta", "distilbert", "electra", "xlm-roberta", "camembert")
+OPTIONS: list[dict[str, Any]] = [
+    {"batch": 2},
+    {"gradient_checkpointing": True},
+    {"dtype": "fp32", "mixed_precision": "bf16", "batch": 2},
+]
+
+
+def classifier(kind: str) -> dict[str, Any]:
+    base = config_of(kind) if kind in ENCODERS else DECODER | {"model_type": kind}
+    return base | {"architectures": [f"{CLASSES[kind]}ForSequenceClassification"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("kind", [*CLASSES, "bert, a number", "llama, a number"])
+def test_event_by_event_as_the_models_own_code(kind: str, options: dict[str, Any]) -> None:
+    pytest.importorskip("torch")
+    from hfvram.memory.exact.simulate import simulate
+
+    config = classifier(kind.partition(",")[0]) | (ONE if "number" in kind else {})
+    request = {"mode": "train", "ctx": 32, "dtype": "bf16", "quant": "none", "method": "simulate"} | options
+    exact = simulate(config, None, Request.from_dict(request))
+    formula = formed(config, on_meta=True, **options)
+    assert sequence(formula) == sequence(exact)
+    for fact in ("gradients_bytes", "optimizer_bytes", "trainable_parameters"):
+        assert getattr(formula, fact) == getattr(exact, fact)
+
+
+def test_a_classifier_keeps_no_logits_over_the_vocabulary() -> None:
+    kept = live(formed(classifier("llama")), "backward")
+    assert kept["logits (saved activations)"] == 2 * 2  # of the pooled token: two classes in bf16
+    assert kept["labels"] == 8
+
+
+def test_what_has_no_formula_is_said() -> None:
+    with pytest.raises(HfvramError, match="adapters or several GPUs of LlamaForSequenceClassification has no formula"):
+        formed(classifier("llama"), mode="lora")
+    with pytest.raises(HfvramError, match="Olmo2ForSequenceClassification has no formula"):
+        formed(LLAMA | {"model_type": "olmo2", "architectures": ["Olmo2ForSequenceClassification"]})
