@@ -189,9 +189,10 @@ def test_a_deepspeed_file_that_is_named_but_not_there(tmp_path: Path) -> None:
         said(tmp_path, text.replace("ds/none.json", "other.yaml"))
 
 
-def test_a_file_of_no_known_kind_says_which_there_are(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["name: my\nversion: 3\n", "model: a/b\nmodel_class: llm\nmicro_batch_size: 1\n"])
+def test_a_file_of_no_known_kind_says_which_there_are(text: str, tmp_path: Path) -> None:
     with pytest.raises(HfvramError) as raised:
-        said(tmp_path, "name: my\nversion: 3\n")
+        said(tmp_path, text)
     assert raised.value.kind == "usage"
     assert all(kind in raised.value.message for kind in KINDS)
 
@@ -217,6 +218,10 @@ def test_values_of_the_wrong_type_are_a_usage_error(text: str, wanted: str, tmp_
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        (
+            "optim: sgd\ngradient_checkpointing: true\ngradient_checkpointing_kwargs: {every_n_layers: 2, offload: true}\n",
+            {"checkpoint_every": 2, "offload": ("activations",)},
+        ),
         # TRL: 4-bit weights get adapters in bf16, full training starts from fp32
         ("use_peft: true\nload_in_4bit: true\nmax_length: 512\n", {"adapter_dtype": "bf16", "double_quant": False}),
         ("dataset_name: d\nmodel_name_or_path: a/b\n", {"dtype": "fp32", "mixed_precision": "bf16", "ctx": 1024}),

@@ -90,6 +90,12 @@ def trainer(keys: Keys, trl: bool) -> None:
     keys.implied |= {"batch": 8, "optimizer": "adamw_torch_fused"}
     if trl:
         keys.implied |= {"gradient_checkpointing": True, "mixed_precision": "bf16"}
+    if inside := keys.section("gradient_checkpointing_kwargs"):
+        every = inside.number("every_n_layers")
+        keys.put(checkpoint_every=every if keys.options.get("gradient_checkpointing") else None)
+        if inside.flag("offload") and keys.options.get("gradient_checkpointing"):
+            keys.offload("activations")
+        inside.finish(("use_reentrant", "preserve_rng_state", "determinism_check", "debug"))
     nested = keys.raw("deepspeed")
     if isinstance(nested, dict):
         from hfvram.read import deepspeed_file

@@ -28,6 +28,8 @@ DECISIVE: Final = {
     "DeepSpeed": ("zero_optimization", "train_micro_batch_size_per_gpu", "train_batch_size"),
 }
 """Keys that no other kind has."""
+FOREIGN: Final = ("model_class", "dist_config", "export_dir")
+"""Keys of LLaMA-Factory's files that are not read here: its second trainer's, and exports."""
 LAST: Final = ("accelerate", "DeepSpeed")
 """Files of how it is run: they give way to those of what is trained."""
 KEPT: Final = ("ctx", "dtype", "quant", "double_quant", "attention", "tp")
@@ -111,6 +113,8 @@ def kind_of(values: Mapping[str, Any]) -> str | None:
     >>> kind_of({"name": "x"}) is None
     True
     """
+    if any(key in values for key in FOREIGN):
+        return None
     for kind, keys in DECISIVE.items():
         if any(key in values for key in keys):
             return kind
