@@ -149,6 +149,16 @@ def test_slots_share_the_context_and_sequences_do_not() -> None:
     assert half.cache_bytes * 32 == one.cache_bytes * 17
 
 
+def test_windows_count_where_llama_cpp_has_them() -> None:
+    """Mistral 7B v0.1 has a window of 4,096 tokens that llama.cpp does not read: 32 layers of 8 heads of 128."""
+    mistral = ask("mistralai/Mistral-7B-v0.1", engine="llama.cpp", ctx=32768)
+    assert mistral.cache_bytes == 32768 * 32 * 2 * 8 * 128 * 2
+    gemma = ask("google/gemma-3-27b-it", engine="llama.cpp", ctx=32768)
+    assert {i.name for i in gemma.items if i.category == "cache"} == {"cache: full attention", "cache: sliding window"}
+    # 10 full layers, 52 with a window of 1,024 and an ubatch of 512; 16 heads of 128
+    assert gemma.cache_bytes == (10 * 32768 + 52 * 1536) * 2 * 16 * 128 * 2
+
+
 def test_more_never_needs_less() -> None:
     for name, values in {
         "ctx": (256, 4096, 40960),

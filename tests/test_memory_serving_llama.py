@@ -1,6 +1,8 @@
 """llama.cpp's buffers: by hand, against what logs print, and what quantizing makes of a model."""
 
+import json
 from math import prod
+from pathlib import Path
 
 import pytest
 from ggufs import LLAMA, gguf, llama
@@ -14,6 +16,7 @@ from hfvram.memory.serving.llama_quant import BASES, quantized
 from hfvram.model.architecture import Architecture
 from hfvram.model.gguf_names import tensors
 from hfvram.model.infer import infer
+from hfvram.read import catalogue
 from hfvram.read.catalogue import lookup
 from hfvram.read.checkpoint import StoredTensor
 from hfvram.request import GGUF_CACHES, GGUF_QUANTS, Request
@@ -193,3 +196,22 @@ def test_layers_that_predict_ahead_are_not_loaded() -> None:
 def test_an_engine_of_another_kind_is_refused() -> None:
     with pytest.raises(HfvramError, match=r"Whisper.* not supported with --engine llama\.cpp"):
         Session().estimate("openai/whisper-tiny", Request(engine="llama.cpp"), offline=True)
+
+
+@pytest.mark.slow
+def test_every_decoder_of_the_catalogue_becomes_a_file_without_loss() -> None:
+    models = json.loads((Path(catalogue.__file__).with_name("catalogue.json")).read_text())["models"]
+    answered = 0
+    for name in models:
+        a = known(name)
+        if a.task == "seq2seq" or not a.closed_form:
+            continue
+        found = tensors(a)
+        own = [p for p in (*a.text.params(), *a.head) if p.kind != "buffer" and "pooler" not in p.name]
+        count = sum(p.numel for p in own)
+        assert sum(prod(t.shape) for t in found) == count, name
+        if count > 5 * 10**8:
+            bits = sum(t.nbytes for t in quantized(found, a, "Q4_K_M", "BF16")) * 8 / count
+            assert 4.4 < bits < 6.5, name  # rows that 256 doesn't divide take 5 to 8 bits
+        answered += 1
+    assert answered > 300

@@ -8,9 +8,10 @@ from hfvram.errors import HfvramError, printable
 from hfvram.memory.serving.llama_cache import TYPES, UBATCH, Cells
 from hfvram.memory.serving.llama_cpp import LlamaPlan, Options, plan
 from hfvram.memory.serving.llama_quant import quantized
+from hfvram.model.gguf_names import converted
 from hfvram.model.gguf_names import tensors as named
 from hfvram.model.identify import Model
-from hfvram.model.layers import Attention
+from hfvram.model.layers import RGLRU, Attention, CompressedAttention, LightningAttention
 from hfvram.read.checkpoint import StoredTensor
 from hfvram.request import GGUF_CACHES, GGUF_QUANTS, Request
 
@@ -22,6 +23,7 @@ LONGEST_PATTERN: Final = 500
 _RUNAWAY = re.compile(r"\([^()]*[+*{|][^()]*\)[+*{]|\(.*\(.*\)[+*{]")  # could take for ever on a name
 SAID_OF_FILES: Final = "GGUF files are answered for llama.cpp (--engine llama.cpp)"
 SAID_OF_OPTIONS: Final = "answered for llama.cpp (--engine llama.cpp): nothing else runs what is asked for"
+NO_LAYERS: Final = (RGLRU, LightningAttention, CompressedAttention)
 PLAIN: Final = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
 
 
@@ -70,6 +72,8 @@ def resolve(model: Model, request: Request) -> tuple[Request, list[str]]:
     if model.checkpoint.gguf is None and (not a.closed_form or a.task == "seq2seq"):
         what = "its layers are not known here" if not a.closed_form else "an encoder with a decoder"
         raise HfvramError("usage", f"{a.class_name} is not supported with --engine llama.cpp: {what}")
+    if model.checkpoint.gguf is None and any(isinstance(m, NO_LAYERS) for x in a.text.layers for m in x.mixers):
+        raise HfvramError("usage", f"{a.class_name} has layers that llama.cpp doesn't know")
     limit = a.max_positions
     ctx = request.ctx or min(DEFAULT_CTX, limit or DEFAULT_CTX)
     if limit and ctx > limit:
@@ -156,4 +160,5 @@ def options(request: Request) -> Options:
 def planned(model: Model, request: Request) -> LlamaPlan:
     """The plan for a resolved request."""
     projector = model.checkpoint.projector if request.mmproj else ()
-    return plan(model.architecture, (*stored(model, request), *projector), options(request))
+    a = model.architecture if model.checkpoint.gguf is not None else converted(model.architecture)
+    return plan(a, (*stored(model, request), *projector), options(request))

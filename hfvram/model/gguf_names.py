@@ -6,7 +6,9 @@ and routers in fp32. Source: llama.cpp b10635, convert_hf_to_gguf.py; gguf 0.19,
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from dataclasses import replace
+from functools import lru_cache
+from typing import Final, NamedTuple
 
 from hfvram.model.architecture import Architecture
 from hfvram.model.layers import Attention, LatentAttention, Layer, MixtureOfExperts, Param
@@ -47,24 +49,52 @@ RECURRENT = (
 )
 
 
+WINDOWED: Final = (
+    *("gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "gpt_oss", "cohere2"),
+    *("llama4", "llama4_text", "olmo3", "exaone4", "exaone_moe", "afmoe", "laguna", "smallthinker", "plamo3"),
+)
+"""Model types of transformers whose windows llama.cpp knows (`gguf_rules.py`)."""
+
+
+@lru_cache(maxsize=16)
+def converted(a: Architecture) -> Architecture:
+    """The model as llama.cpp runs it: it has no window where llama.cpp reads none (Mistral, Phi-3, Starcoder 2)."""
+    if (a.text_type or a.model_type) in WINDOWED or a.task == "encoder":
+        return a
+    seen: dict[int, Layer] = {}
+
+    def plain(layer: Layer) -> Layer:
+        mixers = tuple(
+            replace(m, kind="full_attention", window=None)
+            if isinstance(m, Attention) and m.kind in ("sliding_attention", "chunked_attention")
+            else m
+            for m in layer.mixers
+        )
+        return layer if mixers == layer.mixers else replace(layer, mixers=mixers)
+
+    layers = tuple(seen.setdefault(id(layer), plain(layer)) for layer in a.text.layers)
+    return replace(a, stacks=tuple(replace(s, layers=layers) if s.name == a.main else s for s in a.stacks))
+
+
 def tensors(a: Architecture) -> tuple[Tensor, ...]:
     """Every tensor of the text model but the pooler. Towers are another file's."""
-    before = [(p, _embedding(p, a)) for p in a.text.before]
-    found = [t for p, name in before for t in _plain(p, name, fp32=name == "position_embd")]
+    found = [t for p in a.text.before for t in _around(p)]
     for i, layer in enumerate(a.text.layers):
         found += [t._replace(name=f"blk.{i}.{t.name}") for t in _layer(layer, a.model_type)]
-    found += [t for p in a.text.after for t in _plain(p, "output_norm")]
+    found += [t for p in a.text.after for t in _around(p)]
     for p in a.head:
         found += _plain(p, "output" if p.kind == "head" else p.name.rpartition(".")[0])
     return tuple(found)
 
 
-def _embedding(p: Param, a: Architecture) -> str:
+def _around(p: Param) -> Iterable[Tensor]:
+    """What stands before and after the layers: embeddings of tokens, of positions in fp32, and the last norm."""
+    stem = p.name.rpartition(".")[0]
     if p.kind != "embedding":
-        return p.name.rpartition(".")[0]
-    if "per_layer" in p.name:
-        return "per_layer_token_embd"
-    return "token_embd" if p.shape[0] == a.vocab_size else "position_embd"
+        return _plain(p, "output_norm" if p.kind == "norm" and "norm" in stem.rpartition(".")[2] else stem)
+    if re.search(r"position|pos_emb|wpe|token_type", stem):
+        return _plain(p, "position_embd", fp32=True)
+    return _plain(p, "per_layer_token_embd" if "per_layer" in stem else "token_embd")
 
 
 def _layer(layer: Layer, model_type: str) -> Iterator[Tensor]:
@@ -79,7 +109,7 @@ def _layer(layer: Layer, model_type: str) -> Iterator[Tensor]:
                     yield from _plain(p, _named(p, ATTENTION))
         else:
             for p in mixer.params:
-                yield from _plain(p, _named(p, RECURRENT), fp32="conv" in p.name)
+                yield from _plain(p, _named(p, RECURRENT), fp32=p.kind == "conv")
     feed = layer.feed_forward
     if isinstance(feed, MixtureOfExperts):
         yield from _experts(feed)
@@ -93,7 +123,11 @@ def _layer(layer: Layer, model_type: str) -> Iterator[Tensor]:
 def _experts(feed: MixtureOfExperts) -> Iterator[Tensor]:
     inner = feed.latent_size or feed.hidden_size
     for p in feed.params:
-        if p.kind == "experts" and len(p.shape) == 3:
+        if p.kind == "experts" and p.numel == feed.experts * inner * feed.intermediate_size:
+            name = "down" if "down" in p.name or "w2" in p.name else "gate" if "w1" in p.name else "up"
+            shape = (inner, feed.intermediate_size) if name == "down" else (feed.intermediate_size, inner)
+            yield Tensor(f"ffn_{name}_exps.weight", (feed.experts, *shape))
+        elif p.kind == "experts" and len(p.shape) == 3:
             if "down" in p.name or "w2" in p.name:
                 yield Tensor("ffn_down_exps.weight", (feed.experts, inner, feed.intermediate_size))
             else:
