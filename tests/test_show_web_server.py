@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from estimates import LLAMA
 from hub import FakeHub, Repo
 from website import website
 
@@ -123,7 +124,7 @@ def test_what_the_page_has_no_use_for_is_closed(address: str) -> None:
 @pytest.mark.parametrize(("host", "token"), [("127.0.0.1", "hf_good"), ("0.0.0.0", None)])
 def test_strangers_are_not_answered_with_the_machines_token(tmp_path: Path, host: str, token: str | None) -> None:
     pytest.importorskip("gradio")
-    with FakeHub({"a/b": Repo({"config.json": b"{}"})}) as hub:
+    with FakeHub({"a/b": Repo({"config.json": json.dumps(LLAMA).encode()})}) as hub:
         env = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_good", "HF_HUB_OFFLINE": "0"}
         with website(tmp_path, "--host", host, **env) as found:
             ask(found, "a/b", session="s")
