@@ -15,6 +15,7 @@ from hfvram.model.infer import infer
 from hfvram.request import Request
 from tests.test_memory_training_decoders import HEADS
 from tests.test_memory_training_decoders import MODELS as DECODERS
+from tests.test_memory_training_moe import MODELS as MIXTURES
 from tests.test_memory_training_train import GROUPED, LLAMA, MODELS, SMALL, sequence
 
 TIED = SMALL | {"model_type": "llama", "num_key_value_heads": 4, "tie_word_embeddings": True}
@@ -107,7 +108,7 @@ def test_no_formula_is_said(options: dict[str, Any]) -> None:
         shares(infer(LLAMA), Request.from_dict({"tp": 2, "ctx": 32, "dtype": "bf16", "quant": "none"} | options))
 
 
-@pytest.mark.parametrize("name", ["falcon", "bert", "mixtral"])
+@pytest.mark.parametrize("name", ["falcon", "bert", "granitemoe"])
 def test_a_type_that_was_not_compared_is_said(name: str) -> None:
     with pytest.raises(HfvramError, match=f"--tp has no formula for model type {name} yet: --method simulate"):
         part_of(infer(GROUPED | {"model_type": name}), 2)
@@ -150,6 +151,43 @@ def test_as_transformers_own_code(name: str, options: dict[str, Any]) -> None:
         assert getattr(formula, fact) == getattr(exact, fact)
 
 
+def test_a_mixtral_on_two_ranks() -> None:
+    """4 experts of h 64 and f 96: each rank has all of them, half as wide, and the whole router."""
+    part = part_of(infer(MIXTURES["mixtral"]), 2).text.layers[0].feed_forward
+    assert part is not None
+    shapes = {p.name: p.shape for p in part.params}
+    assert shapes == {
+        "mlp.gate.weight": (4, 64),
+        "mlp.experts.gate_up_proj": (4, 2 * 48, 64),
+        "mlp.experts.down_proj": (4, 64, 48),
+    }
+    whole = infer(MIXTURES["qwen2_moe"]).text.layers[-1].feed_forward
+    assert part_of(infer(MIXTURES["qwen2_moe"]), 2).text.layers[-1].feed_forward == whole  # no plan splits them
+
+
+OF_EXPERTS = ("mixtral", "mixtral, a loss of balance", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe")
+SPLIT: list[dict[str, Any]] = [{"batch": 2}, {"gradient_checkpointing": True}, {"gpus": 4, "fsdp": "full_shard"}]
+SPLIT += [{"sp": True, "batch": 2}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OF_EXPERTS)
+@pytest.mark.parametrize("options", SPLIT, ids=str)
+def test_mixtures_as_transformers_own_code(name: str, options: dict[str, Any]) -> None:
+    """With parts of the sequence, shared experts' gradients are added up elsewhere."""
+    pytest.importorskip("torch")
+    from hfvram.memory.exact.simulate import simulate
+
+    asked = {"mode": "train", "ctx": 32, "dtype": "bf16", "quant": "none", "method": "simulate", "tp": 2, "gpus": 2}
+    exact = simulate(MIXTURES[name], None, Request.from_dict(asked | options))
+    formula = formed(MIXTURES[name], 2, **options)
+    if not (options.get("sp") and name in ("qwen2_moe", "glm4_moe")):
+        assert sorted(sequence(formula)) == sorted(sequence(exact))
+    assert formula.fullest_bytes() == pytest.approx(exact.fullest_bytes(), abs=256)
+    for fact in ("gradients_bytes", "optimizer_bytes"):
+        assert getattr(formula, fact) == getattr(exact, fact)
+
+
 AUTOCAST: dict[str, Any] = {"mixed_precision": "bf16", "dtype": "fp32"}
 
 
@@ -170,14 +208,15 @@ def test_peaks_as_transformers_own_code(name: str, options: dict[str, Any]) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "llama, all heads", "qwen3", "starcoder2", "phi3"])
+@pytest.mark.parametrize("name", ["llama", "llama, all heads", "qwen3", "starcoder2", "phi3", "mixtral", "olmoe"])
 def test_inference_as_transformers_own_code(name: str) -> None:
     """As near as the formula is on one GPU, which leaves out cuBLASLt's MiB of products with a bias."""
     pytest.importorskip("torch")
     from hfvram.memory.exact.simulate import simulate
 
     wide = {"hidden_size": 512, "intermediate_size": 1536, "vocab_size": 8192, "max_position_embeddings": 2048}
-    config = MODELS.get(name, GROUPED | {"model_type": "phi3", "pad_token_id": 0}) | wide
+    mixtures = {n: MIXTURES[n] for n in ("mixtral", "olmoe")}
+    config = (MODELS | mixtures).get(name, GROUPED | {"model_type": "phi3", "pad_token_id": 0}) | wide
     off = []
     for ranks in (1, 2):
         asked = Request(ctx=1024, new_tokens=4, phase="generate", dtype="bf16", quant="none", tp=ranks, gpus=ranks)

@@ -16,7 +16,7 @@ from typing import Any, Final
 from hfvram.errors import HfvramError
 from hfvram.memory.mesh import mesh_of
 from hfvram.model.architecture import Architecture
-from hfvram.model.layers import Attention, FeedForward, Layer, Mixer, Param, Split
+from hfvram.model.layers import Attention, FeedForward, Layer, Mixer, MixtureOfExperts, Param, Split
 from hfvram.request import Request
 
 COLUMNS: Final = (
@@ -26,14 +26,17 @@ COLUMNS: Final = (
 ROWS: Final = ("o_proj", "out_proj", "dense", "down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h")
 FUSED: Final = ("qkv_proj", "gate_up_proj")
 """Products that the code slices: gathered, and the product after them takes its part of what it is given."""
-GATHERED: Final = ("olmo2", "olmo3")
+GATHERED: Final = ("olmo2", "olmo3", "olmoe")
 """Types whose queries, keys and values are gathered, since a norm reads all of them."""
 PLANNED: Final = (
     *("llama", "mistral", "qwen2", "qwen3", "starcoder2", "arcee", "cwm", "granite", "phi3", "seed_oss", "gpt_neox"),
     *("gemma", "gemma2", "gemma3_text", "smollm3", "ministral", "ministral3", "nanochat", "olmo", *GATHERED, "exaone4"),
     *("helium", "ernie4_5", "glm", "glm4", "phi", "cohere", "cohere2"),
+    *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe"),
 )
 """Types whose plan was held against transformers' own code."""
+WHOLE_EXPERTS: Final = ("qwen2_moe",)
+"""Types whose plan leaves mixtures of experts, shared ones too, to every rank."""
 NO_PLAN: Final = ("gpt2", "gpt_bigcode", "bloom", "opt", "nemotron", "stablelm")
 """Types for which transformers has no plan."""
 TRANSPOSED: Final = ("gpt2",)
@@ -71,15 +74,19 @@ def check(architecture: Architecture, tp: int) -> None:
         raise unknown(architecture.class_name)
     parts = [m for layer in architecture.text.layers for m in layer.mixers]
     feeds = [layer.feed_forward for layer in architecture.text.layers]
-    if not all(isinstance(m, Attention) for m in parts) or not all(isinstance(f, FeedForward) for f in feeds):
+    known = all(isinstance(m, Attention) for m in parts)
+    if not known or not all(isinstance(f, FeedForward | MixtureOfExperts) for f in feeds):
         raise unknown(architecture.class_name)
     heads = sorted({n for m in parts if isinstance(m, Attention) for n in (m.heads, m.kv_heads)})
     if any(n % tp for n in heads):
         shown = " and ".join(map(str, heads))
         raise HfvramError("usage", f"--tp {tp} does not divide {shown} heads: valid are {divisors(gcd(*heads))}")
-    widths = sorted({f.intermediate_size for f in feeds if isinstance(f, FeedForward)})
+    of_experts = architecture.model_type not in WHOLE_EXPERTS
+    split = [f for f in feeds if isinstance(f, FeedForward) or (isinstance(f, MixtureOfExperts) and of_experts)]
+    widths = {f.intermediate_size for f in split}
+    widths |= {f.shared_intermediate_size for f in split if isinstance(f, MixtureOfExperts)} - {0}
     if any(n % tp for n in widths):
-        shown = " and ".join(map(str, widths))
+        shown = " and ".join(map(str, sorted(widths)))
         raise HfvramError("usage", f"--tp {tp} does not divide the width {shown}: valid are {divisors(gcd(*widths))}")
     if architecture.head and architecture.vocab_size % tp and architecture.model_type not in NO_PLAN:
         raise HfvramError("usage", f"--tp {tp} does not divide the vocabulary of {architecture.vocab_size:,} tokens")
@@ -140,6 +147,8 @@ def unknown(what: str) -> HfvramError:
 def _layer(layer: Layer, model_type: str, tp: int) -> Layer:
     mixers = tuple(_mixer(m, model_type, tp) for m in layer.mixers)
     feed = layer.feed_forward
+    if isinstance(feed, MixtureOfExperts):
+        return replace(layer, mixers=mixers, feed_forward=_experts(feed, model_type, tp))
     assert isinstance(feed, FeedForward)
     fused = any(_module(p) in FUSED for p in feed.params)
     feed = replace(
@@ -148,6 +157,24 @@ def _layer(layer: Layer, model_type: str, tp: int) -> Layer:
         params=tuple(_param(p, fused, model_type in TRANSPOSED, tp) for p in feed.params),
     )
     return replace(layer, mixers=mixers, feed_forward=feed)
+
+
+def _experts(part: MixtureOfExperts, model_type: str, tp: int) -> MixtureOfExperts:
+    """A part of each expert's width, the shared ones' too; the router is whole. Sums over ranks are in place."""
+    if model_type in WHOLE_EXPERTS:
+        return part
+
+    def own(param: Param) -> Param:
+        if param.kind != "experts":
+            return _param(param, False, False, tp) if "shared" in param.name else param
+        return _cut(param, 1 if "gate_up" in param.name else 2, tp, Split("experts", tp))
+
+    return replace(
+        part,
+        intermediate_size=part.intermediate_size // tp,
+        shared_intermediate_size=part.shared_intermediate_size // tp,
+        params=tuple(own(p) for p in part.params),
+    )
 
 
 def _mixer(part: Mixer, model_type: str, tp: int) -> Mixer:

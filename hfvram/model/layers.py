@@ -16,9 +16,9 @@ ParamKind = Literal[
 
 class Split(NamedTuple):
     """A part of a layer that `ranks` share: of a product's outputs, which stay parts or are gathered; of its inputs,
-    which are parts already or are cut; or of an embedding's tokens."""
+    which are parts already or are cut; of each expert's width; or of an embedding's tokens."""
 
-    how: Literal["columns", "columns, gathered", "rows", "rows of parts", "vocabulary"]
+    how: Literal["columns", "columns, gathered", "rows", "rows of parts", "experts", "vocabulary"]
     ranks: int
 
 

@@ -14,6 +14,7 @@ from hfvram.memory.training import selection
 from hfvram.memory.training.blocks import activate, unknown
 from hfvram.memory.training.feed_forward import DOWN, fused_gated, gated
 from hfvram.memory.training.routing import ROUTERS
+from hfvram.memory.training.sequence_parallel import enter, leave
 from hfvram.memory.training.states import Leaf, Weights
 from hfvram.memory.training.surroundings import Surroundings
 from hfvram.memory.training.tape import Tape
@@ -43,6 +44,7 @@ def mixture(t: Tape, part: MixtureOfExperts, leaves: Sequence[Leaf], x: Tensor, 
     own = [leaf for leaf in leaves if leaf.param.kind == "experts"]
     shared = Weights([leaf for leaf in leaves if "shared" in leaf.param.name])
     (router,) = [leaf for leaf in leaves if leaf not in own and "shared" not in leaf.param.name]
+    x = enter(t, x, [leaf.param for leaf in leaves])
     b, s, h = x.shape
     if part.jitter:
         x = selection.noisy(t, x, NOISE)
@@ -60,12 +62,13 @@ def mixture(t: Tape, part: MixtureOfExperts, leaves: Sequence[Leaf], x: Tensor, 
     out = experts(t, part, own, flat, weights, chosen, around.request.ep)
     if last:
         out = op.reshape(t, out, b, s, h)
-        return op.add(t, out, gated(t, part.activation, shared, x), DOWN) if part.shared_intermediate_size else out
+        both = op.add(t, out, gated(t, part.activation, shared, x), DOWN) if part.shared_intermediate_size else out
+        return leave(t, both)
     if beside is not None and kind.shared == "weighted":
         beside = op.mul(t, op.of_output(t, shared.linear(t, flat, SHARED), SHARED), beside, SHARED)
     if beside is not None:
         out = op.add(t, out, beside, DOWN)
-    return op.reshape(t, out, b, s, h)
+    return leave(t, op.reshape(t, out, b, s, h))
 
 
 def routed_then_shared(

@@ -29,11 +29,13 @@ BUFFER = Tag("sequence parallel, gathered from ranks", "workspace", "b·s·h·e"
 
 
 def enter(t: Tape, x: Tensor, params: Iterable[Param]) -> Tensor:
-    """A block of these parameters begins: what it is given, of the whole sequence where its products don't gather."""
+    """A block of these parameters begins: what it is given, of the whole sequence where its products don't gather.
+
+    What does more than split products is given it whole, and sums up itself."""
     if t.sp == 1:
         return x
-    ways = {p.split.how for p in params if p.split}
-    t.scatters = not ways & {"columns, gathered", "rows of parts"}
+    matrices = [p.split.how if p.split else "whole" for p in params if len(p.shape) > 1]
+    t.scatters = set(matrices) <= {"columns", "rows"}
     if t.regathers:
         return x
     t.distributed = t.scatters
