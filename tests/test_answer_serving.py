@@ -177,11 +177,11 @@ def test_recommended_is_what_the_engine_itself_fits() -> None:
     e = ask(LLAMA_8B, ctx=8192, recommend=True)
     assert e.recommended
     for r in e.recommended:
-        fit = ask(LLAMA_8B, ctx=8192, gpu=r.gpu).fit
+        fit = ask(LLAMA_8B, ctx=8192, gpu=r.gpu, gpus=r.gpus, tp=r.gpus).fit
         assert fit is not None
         assert fit.fits
     # 15 GiB of weights and 1 GiB of cache are within an RTX 4080's 16 GB, but not within 0.9 of it.
-    assert all(r.capacity_bytes > 18 * GiB for r in e.recommended)
+    assert all(r.gpus * r.capacity_bytes > 18 * GiB for r in e.recommended)
 
 
 def test_a_batch_of_any_size_is_answered_at_once() -> None:

@@ -1,21 +1,27 @@
 """What the renderers print, against golden files; `HFVRAM_GOLDEN=1 pytest` writes them anew."""
 
+import fcntl
 import os
 import re
+import struct
+import subprocess
+import sys
+import termios
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from estimates import mamba, mixtral, roomy, too_much
+from estimates import llama_folder, mamba, mixtral, roomy, too_much
 
 from hfvram.answer.estimate import Estimate, LiveTensor, Offloaded
 from hfvram.answer.question import Session
 from hfvram.errors import HfvramError
 from hfvram.request import Request
+from hfvram.show.bar import bar
 from hfvram.show.csv import csv
 from hfvram.show.explain import explain
 from hfvram.show.json import dumps
-from hfvram.show.layout import coloured
+from hfvram.show.layout import coloured, plain
 from hfvram.show.markdown import markdown
 from hfvram.show.table import Row, table
 from hfvram.show.table import markdown as markdown_table
@@ -81,6 +87,16 @@ def offloaded() -> Estimate:
     return replace(too_much(), offloaded=(states, away, more), cpu_bytes=23 * GiB, nvme_bytes=7 * GiB)
 
 
+def hundred() -> Estimate:
+    """A hundred items and a name as long as the Hub allows."""
+    e = mixtral()
+    many = tuple(replace(e.items[0], name=f"component {i}: weights", bytes=(100 - i) ** 4 * 1000) for i in range(100))
+    peak = sum(i.bytes for i in many)
+    model = replace(e.model, id="organisation-" + "x" * 80 + "/model-" + "y" * 88)
+    sizes = {"peak_allocated_bytes": peak, "peak_reserved_bytes": peak, "device_bytes": peak + GiB}
+    return replace(e, model=model, items=many, **sizes)
+
+
 CASES = {
     "mixtral-80.txt": lambda: text(mixtral(), 80),
     "mixtral-120.txt": lambda: text(mixtral(), 120),
@@ -94,6 +110,9 @@ CASES = {
     "offloaded.md": lambda: markdown(offloaded()),
     "mixtral.md": lambda: markdown(too_much()),
     "mixtral.json": lambda: dumps(too_much().to_dict()),
+    "bar-80.txt": lambda: "\n".join(bar(too_much(), 80, plain) + bar(roomy(), 80, plain) + bar(mamba(), 80, plain)),
+    "bar-120.txt": lambda: "\n".join(bar(too_much(), 120, plain) + bar(roomy(), 120, plain)),
+    "hundred-80.txt": lambda: text(hundred(), 80, drawn=True),
     "table-80.txt": lambda: table(ROWS, 80),
     "table-120.txt": lambda: table(ROWS, 120),
     "table.md": lambda: markdown_table(ROWS),
@@ -109,10 +128,10 @@ def test_golden(name: str) -> None:
     assert shown == (GOLDEN / name).read_text()
 
 
-@pytest.mark.parametrize("estimate", [mixtral(), too_much(), roomy(), mamba(), with_tensors(), offloaded()])
+@pytest.mark.parametrize("estimate", [mixtral(), too_much(), roomy(), mamba(), with_tensors(), offloaded(), hundred()])
 @pytest.mark.parametrize("width", [80, 120])
 def test_no_line_is_wider_than_the_terminal(estimate: Estimate, width: int) -> None:
-    for shown in (text(estimate, width), explain(estimate, width)):
+    for shown in (text(estimate, width, drawn=True), explain(estimate, width)):
         assert max(map(len, shown.splitlines())) <= width
 
 
@@ -125,10 +144,42 @@ def test_the_first_command_prints_what_readme_promises() -> None:
 def test_colours_change_nothing_but_colours_and_add_a_bar() -> None:
     shown = text(too_much(), 80, coloured)
     bare = re.sub(r"\x1b\[[0-9;]*m", "", shown)
-    bar = next(line for line in bare.splitlines() if line.startswith("█"))
-    assert len(bar) == 80
-    assert bare.replace(bar + "\n\n", "") == text(too_much(), 80)
-    assert "\x1b[" in shown
+    blocks = bare.split("\n\n")
+    (drawn,) = [block for block in blocks if block.startswith("█")]
+    assert len(drawn.splitlines()[0]) == 80
+    assert "\n\n".join(block for block in blocks if block != drawn) == text(too_much(), 80)
+    assert "\x1b" in shown
+
+
+@pytest.mark.parametrize("env", [{}, {"NO_COLOR": "1"}, {"TERM": "dumb"}])
+@pytest.mark.parametrize("width", [80, 120])
+def test_on_a_terminal_there_is_a_bar_with_and_without_colours(env: dict[str, str], width: int, tmp_path: Path) -> None:
+    """A real terminal: what a process prints there."""
+    master, slave = os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, width, 0, 0))
+    code = "import sys; from hfvram.show.cli import main; sys.exit(main())"
+    clean = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS", "LINES")}
+    command = [sys.executable, "-c", code, llama_folder(tmp_path), "-q", "--gpu", "24GB"]
+    done = subprocess.Popen(command, stdout=slave, stderr=slave, env={**clean, "TERM": "xterm", **env})
+    os.close(slave)
+    said = b""
+    while True:
+        try:
+            piece = os.read(master, 1 << 16)
+        except OSError:  # the other end is closed
+            break
+        if not piece:
+            break
+        said += piece
+    os.close(master)
+    assert done.wait() == 0
+    shown = said.decode().replace("\r\n", "\n")
+    assert ("\x1b" in shown) is (not env)
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", shown).splitlines()
+    assert max(map(len, lines)) <= width
+    bars = [line for line in lines if re.fullmatch(r"[█░]+|[A-Za-z.-]+", line) and len(line) == width]
+    assert len(bars) == 1
+    assert ("█" in bars[0]) is (not env)
 
 
 def test_names_from_a_configuration_cannot_steer_the_terminal() -> None:

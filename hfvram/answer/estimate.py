@@ -155,10 +155,13 @@ class Fit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recommended:
-    """A GPU that runs the request: the smallest of its vendor and tier."""
+    """A GPU that runs the request, the smallest of its vendor and tier; where one is not enough, how many of them, and
+    with which options."""
 
     gpu: str
     capacity_bytes: int
+    gpus: int = 1
+    options: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,9 +8,10 @@ A new GPU is one word in `_TABLE`.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from typing import Literal, cast
 
 from hfvram.errors import HfvramError, printable
@@ -273,17 +274,21 @@ def _capability(name: str) -> str | None:
 
 def recommend(device_bytes: int) -> tuple[Gpu, ...]:
     """The smallest GPU of each tier and vendor that holds this many bytes, smallest first."""
-    return smallest(lambda gpu: gpu.memory_bytes >= device_bytes)
+    return tuple(gpu for gpu, _ in fewest(lambda gpu, _: gpu.memory_bytes >= device_bytes, (1,)))
 
 
-def smallest(runs: Callable[[Gpu], bool]) -> tuple[Gpu, ...]:
-    """The smallest GPU of each tier and vendor on which it `runs`, smallest first."""
-    found: dict[tuple[str, str], Gpu] = {}
+def fewest(runs: Callable[[Gpu, int], bool], counts: Sequence[int]) -> list[tuple[Gpu, int]]:
+    """Of each tier and vendor the fewest GPUs on which it `runs`, and of that many the smallest; the least memory
+    first. A computer has one of Apple's."""
+    kinds: dict[tuple[str, str], list[Gpu]] = {}
     for gpu in sorted(gpus(), key=lambda g: g.memory_bytes):
-        kind = gpu.vendor, gpu.tier
-        if kind not in found and gpu.generation not in _OLD and "Laptop" not in gpu.name and runs(gpu):
-            found[kind] = gpu
-    return tuple(found.values())
+        if gpu.generation not in _OLD and "Laptop" not in gpu.name:
+            kinds.setdefault((gpu.vendor, gpu.tier), []).append(gpu)
+    found: list[tuple[Gpu, int]] = []
+    for (vendor, _), members in kinds.items():
+        possible = ((gpu, n) for n in counts if n == 1 or vendor != "apple" for gpu in members)
+        found += list(islice((one for one in possible if runs(*one)), 1))
+    return sorted(found, key=lambda one: one[0].memory_bytes * one[1])
 
 
 @cache

@@ -8,10 +8,11 @@ from hfvram.answer import caches, guide, llama_cpp, llama_options, paged, pipeli
 from hfvram.answer.estimate import Estimate, Fit, Interval, Rank, Recommended
 from hfvram.answer.facts import facts, guide_items
 from hfvram.answer.fit import judge
-from hfvram.answer.gpus import Gpu, find_gpu, recommend
+from hfvram.answer.gpus import Gpu, find_gpu
 from hfvram.answer.interval import interval
 from hfvram.answer.items import derived
 from hfvram.answer.peak import AtPeak, at_peak
+from hfvram.answer.recommending import recommended
 from hfvram.answer.resolve import resolve
 from hfvram.answer.supported import by_code, check, simulated_by_default
 from hfvram.errors import HfvramError
@@ -170,6 +171,7 @@ def answer(model: Model, asked: Request) -> Estimate:
     """The estimate of a model that was read already, with the verdict where a GPU is named."""
     gpu, note = find_gpu(asked.gpu) if asked.gpu else (None, None)
     served = asked.engine in serving_options.ENGINES or paged.is_paged(asked)
+    capability = asked.compute_capability
     if gpu and not asked.compute_capability and not served:
         asked = asked.with_(compute_capability=gpu.capability)
     if asked.engine == llama_options.ENGINE:
@@ -178,14 +180,30 @@ def answer(model: Model, asked: Request) -> Estimate:
         found = serving.estimate(model, asked, gpu) if served else estimate_of(model, asked)
     notes: list[str] = []
     if asked.recommend and not served:
-        recommended = (Recommended(gpu=g.name, capacity_bytes=g.memory_bytes) for g in recommend(found.device_bytes))
-        found = replace(found, recommended=tuple(recommended))
+        found = replace(found, recommended=_recommended(model, found, capability))
     if gpu:
         notes += [note] if note else []
     if gpu and not served:
         fit, said = verdict(model, found, gpu)
         found, notes = replace(found, fit=fit), notes + said
     return replace(found, warnings=(*found.warnings, *notes, *_assumptions(model, found)))
+
+
+def _recommended(model: Model, found: Estimate, capability: str | None) -> tuple[Recommended, ...]:
+    """The smallest GPUs, and how many, by formula wherever there is one; `capability` is what was asked for itself."""
+    request, needed = found.request.with_(compute_capability=capability), found.device_bytes
+    if placing.is_placed(request):  # on others it would be placed otherwise: what a single one takes decides
+        request = request.with_(gpus=None, gpu=None)
+        needed = taken(model, request)
+    formed = formula_of(model, request)
+    if formed is None and not model.components:
+        only = request.with_(compute_capability=capability or "9.0")  # each further run would take seconds
+        return recommended(_unanswered, only, needed)
+    return recommended(lambda r: taken(model, r), formed or request, needed)
+
+
+def _unanswered(request: Request) -> int:
+    raise HfvramError("usage", "only the models' own code answers it")
 
 
 def verdict(model: Model, found: Estimate, gpu: Gpu) -> tuple[Fit, list[str]]:

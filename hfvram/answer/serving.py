@@ -8,8 +8,9 @@ from hfvram import __version__
 from hfvram.answer import guide
 from hfvram.answer.estimate import Estimate, Interval, Item, Recommended, Serving
 from hfvram.answer.facts import facts, guide_items
-from hfvram.answer.gpus import Gpu, smallest
+from hfvram.answer.gpus import Gpu, fewest
 from hfvram.answer.items import ROUNDING, in_numbers
+from hfvram.answer.recommending import COUNTS, over, told
 from hfvram.answer.serving_fit import device_bytes, verdict
 from hfvram.answer.serving_options import NAMES, asked_for, plan, resolve
 from hfvram.errors import HfvramError
@@ -95,9 +96,19 @@ def _interval(engine: str, device: int) -> Interval:
 
 
 def _recommended(model: Model, request: Request) -> tuple[Recommended, ...]:
-    """The smallest GPUs on which the engine's pool holds the requests."""
-    found = smallest(lambda gpu: plan(model, request, gpu).holds(asked_for(request)))
-    return tuple(Recommended(gpu=g.name, capacity_bytes=g.memory_bytes) for g in found)
+    """The smallest GPUs on which the engine's pool holds the requests, and how many."""
+    alone = request.with_(gpu=None)
+
+    def runs(gpu: Gpu, gpus: int) -> bool:
+        changed = over(alone, gpus)
+        try:
+            return changed is not None and plan(model, changed, gpu).holds(asked_for(changed))
+        except HfvramError:
+            return False
+
+    given = request.gpus or 1
+    found = fewest(runs, COUNTS if given == 1 else (given,))
+    return tuple(told(alone, gpu, gpus, over(alone, gpus) or alone) for gpu, gpus in found)
 
 
 def _items(found: Plan, needed: int) -> Iterator[Item]:

@@ -184,8 +184,14 @@ def shown(rows: list[Row], output: set[str]) -> str:
     single = rows[0].answer if len(rows) == 1 else None
     width, paint = terminal()
     if "json" in output:
+        from hfvram.answer.ranking import ranking
+
         found = [as_dict(row) for row in rows]
-        return dumps(found[0] if single else found)
+        if single:
+            return dumps(found[0])
+        if (best := ranking([row.answer for row in rows])).cheapest is not None:
+            found = [one | {"cheapest": i == best.cheapest} for i, one in enumerate(found)]
+        return dumps(found)
     if "csv" in output:
         from hfvram.show.csv import csv
 
@@ -201,7 +207,7 @@ def shown(rows: list[Row], output: set[str]) -> str:
     if isinstance(single, Estimate):
         from hfvram.show.text import text
 
-        return text(single, width, paint)
+        return text(single, width, paint, drawn=sys.stdout.isatty())
     from hfvram.show.table import table as beside
 
     return beside(rows, width, paint)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from hfvram.answer.estimate import Estimate
 from hfvram.errors import printable
 from hfvram.show.layout import size
-from hfvram.show.text import PLACES, asked, place_rows, placed, process, rank_rows, served, shape
+from hfvram.show.text import PLACES, asked, place_rows, placed, process, rank_rows, recommendation, served, shape
 from hfvram.units import short_count
 
 
@@ -48,6 +48,8 @@ def markdown(estimate: Estimate) -> str:
         parts.append(f"**{'Fits' if f.fits else 'Does not fit'} {gpus}** ({size(f.capacity_bytes)}): {room}.")
         if f.ways:
             parts.append(table(("fits with", "size"), [(f"`{w.change}`", size(w.device_bytes)) for w in f.ways], "<>"))
+    if e.recommended:
+        parts.append(table(("smallest GPUs that run it", "size", ""), [*map(recommendation, e.recommended)], "<><"))
     return "\n\n".join(parts)
 
 

@@ -1,22 +1,14 @@
 """One answer for the eye: the model, what is live at the peak, the peaks, the rule of thumb, the verdict."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
-from hfvram.answer.estimate import Estimate, Item, ModelFacts, Serving
+from hfvram.answer.estimate import Estimate, ModelFacts, Recommended, Serving
 from hfvram.errors import printable
 from hfvram.request import Request
-from hfvram.show.layout import Paint, columns, plain, size
+from hfvram.show.bar import COLOURS, bar
+from hfvram.show.layout import Paint, columns, plain, shortened, size
 from hfvram.units import short_count
 
-COLOURS = {
-    "weights": "blue",
-    "buffers": "bright_blue",
-    "gradients": "yellow",
-    "optimizer": "magenta",
-    "cache": "green",
-    "activations": "cyan",
-    "workspace": "bright_yellow",
-}
 PLACES = {"cpu": "in CPU memory", "nvme": "on NVMe", "disk": "on disk"}
 MOST_NAMES = 8
 """Names of small items that are told."""
@@ -25,12 +17,12 @@ SMALL = 0.001
 """Share of the peak below which an item is folded away."""
 
 
-def text(estimate: Estimate, width: int, paint: Paint = plain) -> str:
-    """The answer in lines of at most `width` characters; the bar is drawn only where there are colours."""
+def text(estimate: Estimate, width: int, paint: Paint = plain, drawn: bool = False) -> str:
+    """The answer in lines of at most `width` characters, with a bar where there are colours or it is asked for."""
     e = estimate
     blocks = [headline(e, width, paint), components(e, width), items(e, width, paint)]
-    if paint is not plain:
-        blocks.append([bar(e, width, paint)])
+    if drawn or paint is not plain:
+        blocks.append(bar(e, width, paint))
     blocks += [totals(e, width, paint), placement(e, width), ranks(e, width)]
     blocks += [elsewhere(e, width), verdict(e, width, paint)]
     return "\n\n".join("\n".join(lines) for lines in blocks if lines)
@@ -47,7 +39,10 @@ def headline(e: Estimate, width: int, paint: Paint) -> list[str]:
         *columns([(", ".join(shape(m)),)], width, "<"),
         *columns([(", ".join(asked(e)),)], width, "<"),
     ]
-    return [paint(printable(m.id), "bold") + commit, *facts]
+    name = printable(m.id)
+    if len(name) + len(commit) > width:
+        name, commit = shortened(name, width), f"\n{commit.strip()}" if commit else ""
+    return [paint(name, "bold") + commit, *facts]
 
 
 def shape(m: ModelFacts) -> Iterator[str]:
@@ -107,18 +102,6 @@ def items(e: Estimate, width: int, paint: Paint) -> list[str]:
     heading = f"Live at the peak ({e.peak_phase})" if e.peak_phase else "Live at the peak"
     colours = {i.name: COLOURS.get(i.category, "white") for i in shown}
     return [paint(heading, "bold"), *(_painted(line, colours, paint) for line in lines)]
-
-
-def bar(e: Estimate, width: int, paint: Paint) -> str:
-    """The peak as a stacked bar, each category in its colour; up to the capacity where a GPU was named."""
-    whole = max(e.device_bytes, e.fit.capacity_bytes if e.fit else 0) or 1
-    used, cells, drawn = 0, "", 0
-    for category, count in (*_by_category(e.items), ("", e.device_bytes - e.peak_allocated_bytes)):
-        used += max(0, count)
-        until = round(used * width / whole)
-        cells += paint("█" * (until - drawn), COLOURS.get(category, "white")) if until > drawn else ""
-        drawn = max(drawn, until)
-    return cells + paint("░" * (width - drawn), "white")
 
 
 def totals(e: Estimate, width: int, paint: Paint) -> list[str]:
@@ -252,7 +235,7 @@ def verdict(e: Estimate, width: int, paint: Paint) -> list[str]:
             lines.append("no single change, and no pair of changes, makes it fit")
     if e.recommended:
         lines.append("smallest GPUs that run it:")
-        lines += columns([(r.gpu, size(r.capacity_bytes), "") for r in e.recommended], width, "<><", indent=2)
+        lines += columns([recommendation(r) for r in e.recommended], width, "<><", indent=2)
     return lines
 
 
@@ -277,11 +260,11 @@ def judged(e: Estimate) -> list[str]:
     return said
 
 
-def _by_category(items: Iterable[Item]) -> Iterator[tuple[str, int]]:
-    sums: dict[str, int] = {}
-    for item in items:
-        sums[item.category] = sums.get(item.category, 0) + item.bytes
-    yield from sums.items()
+def recommendation(r: Recommended) -> tuple[str, str, str]:
+    """A recommended GPU, its memory, and how to ask for as many as it takes."""
+    if r.gpus == 1:
+        return r.gpu, size(r.capacity_bytes), r.options
+    return f"{r.gpus} × {r.gpu}", size(r.capacity_bytes), f"each, {r.options}" if r.options else "each"
 
 
 def _share(count: int, whole: int) -> str:

@@ -112,8 +112,8 @@ def _pool(e: Estimate) -> str:
 def ways(e: Estimate, asked: Asked) -> str:
     """What would make it fit, each a link that asks for it; GPUs that would run it, if that was asked."""
     gpus = "".join(
-        f"<tr><td>{_way(asked, f'--gpu {shlex.quote(r.gpu)}')}</td><td>{size(r.capacity_bytes)}</td></tr>"
-        for r in e.recommended
+        f"<tr><td>{_way(asked, change)}</td><td>{size(r.capacity_bytes)}{' each' * (r.gpus > 1)}</td></tr>"
+        for r, change in ((r, f"--gpu {shlex.quote(r.gpu)} {r.options}".strip()) for r in e.recommended)
     )
     smallest = f"<table><caption>The smallest GPUs that run it</caption><tbody>{gpus}</tbody></table>" if gpus else ""
     if not e.fit or e.fit.fits:
