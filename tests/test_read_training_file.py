@@ -219,7 +219,7 @@ def test_values_of_the_wrong_type_are_a_usage_error(text: str, wanted: str, tmp_
     ("text", "expected"),
     [
         (
-            "optim: sgd\ngradient_checkpointing: true\ngradient_checkpointing_kwargs: {every_n_layers: 2, offload: true}\n",
+            "gradient_checkpointing: true\ngradient_checkpointing_kwargs: {every_n_layers: 2, offload: true}\n",
             {"checkpoint_every": 2, "offload": ("activations",)},
         ),
         # TRL: 4-bit weights get adapters in bf16, full training starts from fp32
