@@ -139,3 +139,43 @@ def test_what_engines_make_while_loading(tmp_path: Path, engine: str) -> None:
     assert "valid are auto, none, fp8, nf4, gptq-4, awq-4" in refusal(tmp_path, BF16, engine=engine, quant="int8")
     assert "loads gpt-oss so" in refusal(tmp_path, BF16, engine=engine, quant="mxfp4")
     assert "valid are auto, none" in refusal(tmp_path, STORED, engine=engine, quant="nf4")
+
+
+def packed(extra: int = 0) -> dict[str, tuple[str, tuple[int, ...], int]]:
+    """The files of the small model in AWQ, as AutoAWQ writes them, with heads that are `extra` rows longer."""
+    found = {
+        f"{n}.weight": ("BF16", (1000 + extra, 256), (1000 + extra) * 512) for n in ("model.embed_tokens", "lm_head")
+    }
+    found["model.norm.weight"] = ("BF16", (256,), 512)
+    shapes = {"self_attn.q_proj": (256, 256), "self_attn.k_proj": (128, 256), "self_attn.v_proj": (128, 256)}
+    shapes |= {"self_attn.o_proj": (256, 256), "mlp.gate_proj": (512, 256), "mlp.up_proj": (512, 256)}
+    shapes |= {"mlp.down_proj": (256, 512)}
+    for layer in ("model.layers.0", "model.layers.1"):
+        for name, (outputs, inputs) in shapes.items():
+            words, groups = inputs * outputs // 8, inputs // 128
+            found[f"{layer}.{name}.qweight"] = ("I32", (inputs, outputs // 8), words * 4)
+            found[f"{layer}.{name}.qzeros"] = ("I32", (groups, outputs // 8), groups * outputs // 2)
+            found[f"{layer}.{name}.scales"] = ("F16", (groups, outputs), groups * outputs * 2)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            found[f"{layer}.{name}.weight"] = ("BF16", (256,), 512)
+    return found
+
+
+AWQ = BF16 | {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128}}
+
+
+def test_files_and_the_rule_for_them_are_of_one_size(tmp_path: Path) -> None:
+    stored = LINEAR // 2 + LINEAR // 128 * 5 // 2 + 2 * REST
+    e = ask(tmp_path, AWQ, packed())
+    assert e.model.parameters == LINEAR + REST
+    assert e.model.parameters_from == "headers"
+    assert e.weights_bytes == stored == ask(tmp_path, AWQ).weights_bytes
+    for engine in ("vllm", "sglang"):
+        assert not any("by the rule" in w for w in ask(tmp_path, AWQ, packed(), engine=engine).warnings)
+    other = ask(tmp_path, AWQ, packed(extra=500), engine="vllm")
+    assert any("the engine's are by the rule" in w for w in other.warnings)
+
+
+def test_layers_of_packed_files_go_to_cpu_memory(tmp_path: Path) -> None:
+    e = ask(tmp_path, AWQ, packed(), offload=["layers"])
+    assert e.cpu_bytes == LINEAR // 2 + LINEAR // 128 * 5 // 2 + 4 * 256 * 2

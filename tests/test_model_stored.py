@@ -125,6 +125,39 @@ def nvfp4_compressed(m: str, outputs: int, inputs: int) -> Table:
     }
 
 
+def hqq(m: str, outputs: int, inputs: int) -> Table:
+    groups = outputs * inputs // 64
+    scalars: Table = {f"{m}.{name}": ("I32", ()) for name in ("nbits", "group_size", "axis", "packing")}
+    return {
+        f"{m}.W_q": ("U8", (groups // 2, 64)),
+        f"{m}.scale": ("F16", (groups, 1)),
+        f"{m}.zero": ("F16", (groups, 1)),
+        **scalars,
+    }
+
+
+def eetq(m: str, outputs: int, inputs: int) -> Table:
+    return {f"{m}.weight": ("I8", (inputs, outputs)), f"{m}.weight_scales": ("F16", (outputs,))}
+
+
+def bitnet(m: str, outputs: int, inputs: int) -> Table:
+    return {f"{m}.weight": ("U8", (outputs // 4, inputs)), f"{m}.weight_scale": ("BF16", (1,))}
+
+
+def torchao(m: str, outputs: int, inputs: int) -> Table:
+    scales = (outputs, inputs // 128)
+    return {f"{m}._weight_qdata": ("U8", (outputs, inputs // 2)), f"{m}._weight_scale": ("BF16", scales)}
+
+
+def mlx(m: str, outputs: int, inputs: int) -> Table:
+    scales: Table = {f"{m}.{name}": ("BF16", (outputs, inputs // 64)) for name in ("scales", "biases")}
+    return {f"{m}.weight": ("U32", (outputs, inputs // 8)), **scales}
+
+
+def mxfp4(m: str, outputs: int, inputs: int) -> Table:
+    return {f"{m}.weight": ("I8", (outputs, inputs // 2)), f"{m}.scale": ("F8_E8M0", (outputs, inputs // 32))}
+
+
 def section(method: str, **more: Any) -> dict[str, Any]:
     return {**LLAMA, "quantization_config": {"quant_method": method, **more}}
 
@@ -138,6 +171,13 @@ FORMATS = {
     "int8": (section("bitsandbytes", load_in_8bit=True), int8),
     "fp8 blocks": (section("fp8", weight_block_size=[128, 128]), fp8_blocks),
     "fp8 tensors": (section("modelopt", quant_algo="FP8"), fp8_tensors),
+    "auto-round": (section("auto-round", bits=4, packing_format="auto_round:auto_gptq"), gptq(4)),
+    "hqq": (section("hqq", quant_config={"weight_quant_params": {"nbits": 4, "group_size": 64}}), hqq),
+    "eetq": (section("eetq"), eetq),
+    "bitnet": (section("bitnet"), bitnet),
+    "torchao": (section("torchao", quant_type="int4_weight_only"), torchao),
+    "mlx": ({**LLAMA, "quantization_config": {"bits": 4, "group_size": 64}}, mlx),
+    "mxfp4": (section("fp8", weight_block_size=[128, 128]), mxfp4),
     "int-4": (
         section("compressed-tensors", config_groups={"group_0": {"weights": {"num_bits": 4, "type": "int"}}}),
         compressed,
@@ -190,6 +230,21 @@ def test_a_scale_that_the_model_has_is_a_parameter() -> None:
     table = plain(a) | {"model.layers.0.layer_scalar": ("BF16", (1,)), "vision_tower.std_bias": ("BF16", (9,))}
     assert len(names) == 2
     assert count(tensors(table), a).parameters == a.parameters
+
+
+def test_words_that_do_not_tell_how_many_weights_they_are() -> None:
+    """AQLM: codes of 16 bits for 8 weights each, and what they stand for."""
+
+    def aqlm(m: str, outputs: int, inputs: int) -> Table:
+        books: Table = {f"{m}.codebooks": ("F16", (1, 65536, 1, 8)), f"{m}.scales": ("F16", (outputs, 1, 1, 1))}
+        return {f"{m}.codes": ("I16", (outputs, inputs // 8, 1)), **books}
+
+    a = infer(section("aqlm", nbits_per_codebook=16))
+    found = count(tensors(packed(a, aqlm)), a)
+    assert not found.told
+    # 14 matrices with a book of 1 MiB each; 2 bytes for 8 weights; a scale of 2 bytes for each of 4,096 outputs
+    rest = 2 * (2 * 1000 * 256 + 5 * 256)
+    assert sum(found.sizes) == 14 * 2**20 + 1_179_648 // 4 + 4_096 * 2 + rest
 
 
 def test_a_plain_checkpoint() -> None:

@@ -14,6 +14,7 @@ from hfvram.memory.serving import sglang, vllm
 from hfvram.memory.serving.layers import recurrent
 from hfvram.memory.serving.options import Options
 from hfvram.memory.serving.plan import Plan, Requests
+from hfvram.memory.serving.weights import Stage, standing
 from hfvram.memory.weights import scheme_of
 from hfvram.model import caching, rope
 from hfvram.model.architecture import Architecture
@@ -21,6 +22,7 @@ from hfvram.model.identify import Model
 from hfvram.model.packing import is_known
 from hfvram.read import engine_line
 from hfvram.request import CHOICES, Request, lengths
+from hfvram.units import gib
 
 ENGINES: Final = ("vllm", "sglang", "llama.cpp")
 NAMES: Final = {"vllm": "vLLM", "sglang": "SGLang", "transformers": "transformers"}
@@ -40,6 +42,8 @@ NO_USE: Final = (
 """Options that mean nothing to a serving engine, or that are not answered for one yet."""
 MADE: Final = ("fp8", "nf4", *AS_IF)
 """What weights may be in that are stored whole: made while loading, or as if the checkpoint were so."""
+NEARLY: Final = 0.03
+"""So much of the weights may engines' copies and padding be."""
 CACHE_BYTES: Final = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 
 
@@ -152,12 +156,26 @@ def _weights(a: Architecture, request: Request, own: str, quant: str) -> list[st
             valid = f"--quant none answers for {request.dtype if request.dtype != 'auto' else a.dtype}"
             raise HfvramError("usage", f"quantization {quant} is not supported yet{alone}: {valid}")
         return [f"quantization {quant} is not known here: weights count as they are stored, whatever is made of them"]
+    if a.stored_sizes and quant == own and (said := _stored_otherwise(a, request, quant)):
+        return [said]
     if own == "none" and quant in AS_IF:
         kind = quant.partition("-")[0].upper()
         return [f"as if the checkpoint were {kind} in 4 bits, groups of 128: embeddings, head and norms stay whole"]
     if own == "none" and quant == "nf4":
         return [f"bitsandbytes as {NAMES[engine]} has it: scales of 64 weights in fp32, not quantized themselves"]
     return []
+
+
+def _stored_otherwise(a: Architecture, request: Request, quant: str) -> str | None:
+    """What is said where the files are of another size than the method's own rule makes them."""
+    dtype = a.dtype if request.dtype == "auto" else request.dtype
+    count = len(a.text.layers)
+    rule = sum(standing(a, dtype, quant, 1, Stage(0, count, count), ()).bytes_by_tag.values())
+    stored = sum(a.stored_sizes)
+    if abs(rule - stored) <= stored * NEARLY:
+        return None
+    said = f"the files hold {gib(stored)}, by the rule for {quant} the weights are {gib(rule)}"
+    return f"{said}: the engine's are by the rule"
 
 
 def options(model: Model, request: Request, gpu: Gpu | None) -> Options:

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from hfvram.errors import HfvramError
 from hfvram.memory.forward import Forward
 from hfvram.memory.timeline import Standing, Tag, Timeline
-from hfvram.memory.weights import param_bytes, tensors
+from hfvram.memory.weights import param_bytes, scheme_of, tensors
 from hfvram.model.architecture import Architecture
 from hfvram.model.layers import Layer, MixtureOfExperts, Param
+from hfvram.model.packing import is_known
 from hfvram.request import Request
 
 HOOKS = "accelerate 1.15: hooks.py AlignDevicesHook"
@@ -37,7 +38,8 @@ def check(architecture: Architecture, request: Request) -> None:
     if moe and request.resident_experts >= moe.experts:
         valid = f"valid are 0 to {moe.experts - 1}"
         raise HfvramError("usage", f"--resident-experts {request.resident_experts} of {moe.experts}: {valid}")
-    if architecture.stored_sizes and request.quant in ("auto", architecture.quantization):
+    own = request.quant in ("auto", architecture.quantization)
+    if architecture.stored_sizes and own and not is_known(scheme_of(architecture, architecture.quantization or "none")):
         raise HfvramError("usage", f"--offload: of the {architecture.quantization} checkpoint only sizes are known")
 
 
