@@ -9,6 +9,8 @@ pytest.importorskip("torch")
 from hfvram.errors import HfvramError
 from hfvram.memory.exact.simulate import simulate
 from hfvram.memory.timeline import Timeline
+from hfvram.memory.weights import standing
+from hfvram.model.infer import infer
 from hfvram.request import Request
 
 pytestmark = pytest.mark.slow
@@ -78,3 +80,30 @@ def test_another_format_of_fp8_is_left_to_the_formula() -> None:
     with pytest.raises(HfvramError, match="--method formula") as caught:
         ran(DENSE | {"quantization_config": {"quant_method": "fbgemm_fp8"}})
     assert caught.value.kind == "usage"
+
+
+SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL |= {"num_key_value_heads": 2, "vocab_size": 500, "max_position_embeddings": 512, "head_dim": 64}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 64}
+LINEAR |= {"shared_expert_intermediate_size": 128, "linear_value_head_dim": 64}
+LINEAR |= {"layer_types": ["linear_attention", "full_attention"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("Qwen2ForCausalLM", {"model_type": "qwen2"}),  # biases, which stand in fp32 beside packed weights
+        ("BertForMaskedLM", {"model_type": "bert"}),
+        ("Qwen3MoeForCausalLM", {"model_type": "qwen3_moe", **EXPERTS}),
+        (
+            "Qwen3NextForCausalLM",
+            {"model_type": "qwen3_next", "shared_expert_intermediate_size": 128, **EXPERTS, **LINEAR},
+        ),
+    ],
+)
+def test_the_formulas_weights_are_those_of_the_code(name: str, more: dict[str, Any]) -> None:
+    config = {**SMALL, **more, "architectures": [name], "torch_dtype": "bfloat16"}
+    theirs = ran(config, phase="encode" if "Bert" in name else "prefill")
+    ours = standing(infer(config), "bf16", "fp8", True).bytes_by_tag
+    assert sum(n for tag, n in ours.items() if tag.category == "weights") == weights(theirs)

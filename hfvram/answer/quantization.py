@@ -13,6 +13,8 @@ MADE: Final = (*ON_LOADING, "fp8")
 """What transformers makes of any model while it loads it."""
 AS_IF: Final = ("gptq-4", "awq-4")
 """Made beforehand with data: the answer is for a checkpoint in that format."""
+OTHER_EXPERTS: Final = ("llama4", "llama4_text")
+"""Types whose experts are called otherwise than transformers' own for fp8."""
 LOADERS: Final = (
     *("awq", "bitsandbytes", "gptq", "aqlm", "quanto", "quark", "fouroversix", "fp_quant", "eetq", "higgs", "hqq"),
     *("compressed-tensors", "fbgemm_fp8", "torchao", "bitnet", "vptq", "spqr", "fp8", "mxfp8", "auto-round", "mxfp4"),
@@ -42,6 +44,10 @@ def check(architecture: Architecture, request: Request) -> list[str]:
         raise HfvramError("usage", f"--quant {asked} with --mode {request.mode}: {only}valid are {words}{hint}")
     if asked == "fp8" and not keeps_fp8(request):
         raise HfvramError("usage", "--quant fp8 needs a GPU of compute capability 8.9: valid are nf4, fp4 and int8")
+    if asked == "fp8" and any(p.kind == "experts" and p.name.endswith("bias") for p in architecture.all_params):
+        raise HfvramError("usage", "--quant fp8: transformers' fp8 experts have no biases, valid is --quant none")
+    if asked == "fp8" and architecture.moe and architecture.model_type in OTHER_EXPERTS:
+        raise HfvramError("usage", f"--quant fp8: its fp8 experts can't run {architecture.class_name}, valid is none")
     if asked in AS_IF:
         kind = asked.partition("-")[0].upper()
         return [f"as if the checkpoint were {kind} in 4 bits, groups of 128: embeddings, head and norms stay whole"]

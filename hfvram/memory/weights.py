@@ -141,6 +141,7 @@ def tensors(
     left_alone, kept_wide = chosen(skipped), chosen(architecture.fp32_in_fp16)
     scheme = scheme_of(architecture, quant)
     plain_dtype = quant == "none" or dequantized(architecture, quant)
+    wide_biases: set[str] = set()
     for param in architecture.all_params:
         if param.kind != "buffer":
             param = sharded(param, ranks, flat)
@@ -148,4 +149,9 @@ def tensors(
         left = wide or (bool(skipped) and left_alone(param.name))
         own = "fp32" if wide and dtype == "fp16" else dtype
         method = "none" if left or plain_dtype else scheme.of(param.name, param.kind)
+        module = param.name.rpartition(".")[0]
+        if method == "fp8" and scheme.loader in ("", "fp8") and param.kind in LINEAR:
+            wide_biases.add(module)  # (integrations/finegrained_fp8.py, FP8Linear)
+        elif param.kind == "bias" and module in wide_biases:
+            own = "fp32"
         yield param, param_bytes(param, own, method, double_quant, by_method(scheme, method))

@@ -18,6 +18,7 @@ SCALED_BY_ROW: Final = 0
 LINEAR: Final = ("linear", "linear_subclass", "experts")
 ROUTERS: Final = re.compile(r"(^|\.)(gate|router|shared_expert_gate)(\.\w+)?$")
 """Routers of experts are no plain linear layers to any method."""
+GATES: Final = re.compile(r"(^|\.)shared_expert_gate(\.\w+)?$")
 Exceptions = tuple[tuple[tuple[str, ...], str], ...]
 
 
@@ -147,7 +148,8 @@ def packed_bytes(s: Scheme, param: Param) -> tuple[int, ...] | None:
     around = param.kind in ("embedding", "head") and s.of(param.name, param.kind) != "none"
     if len(param.shape) < 2 or not (param.kind in LINEAR or around):
         return None
-    if ROUTERS.search(param.name) or param.name.endswith("_bias"):
+    gate = s.method == "fp8" and s.loader == "" and GATES.search(param.name)  # a plain linear layer to transformers
+    if (ROUTERS.search(param.name) and not gate) or param.name.endswith("_bias"):
         return None
     if len(param.shape) > 2:
         experts = param.shape[0] if param.kind == "experts" else 1
