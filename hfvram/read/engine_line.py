@@ -4,6 +4,7 @@
 Source: vLLM 0.19.0, engine/arg_utils.py; SGLang 0.5.23, server_args.py; llama.cpp b10635, common/arg.cpp.
 """
 
+import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +22,11 @@ CACHE_DTYPES = {
     "fp8_e4m3": "fp8",
     "fp8_e5m2": "fp8",
 }
-QUANTS = {"fp8": "fp8"}
+STORED = ("awq", "awq_marlin", "gptq", "gptq_marlin", "compressed-tensors", "modelopt", "modelopt_fp4", "mxfp4")
+"""Formats that a checkpoint has, and no engine makes."""
+QUANTS = {"fp8": "fp8", "bitsandbytes": "nf4"} | dict.fromkeys(STORED, "auto")
+SPECULATES = {"NEXTN": "mtp"}
+"""SGLang's algorithms that need no other model."""
 VLLM = {
     "model": ("model", None), "max-model-len": ("ctx", None), "tensor-parallel-size": ("tp", None), "tp": ("tp", None),
     "pipeline-parallel-size": ("pp", None), "pp": ("pp", None),
@@ -29,6 +34,7 @@ VLLM = {
     "max-num-seqs": ("max_num_seqs", None), "max-num-batched-tokens": ("max_num_batched_tokens", None),
     "enforce-eager": ("enforce_eager", True), "dtype": ("dtype", DTYPES), "kv-cache-dtype": ("kv_dtype", CACHE_DTYPES),
     "quantization": ("quant", QUANTS), "q": ("quant", QUANTS),
+    "speculative-config": ("draft", None),
 }  # fmt: skip
 SGLANG = {
     "model-path": ("model", None), "model": ("model", None), "context-length": ("ctx", None), "tp-size": ("tp", None),
@@ -37,6 +43,7 @@ SGLANG = {
     "max-running-requests": ("max_num_seqs", None), "chunked-prefill-size": ("max_num_batched_tokens", None),
     "disable-cuda-graph": ("enforce_eager", True), "dtype": ("dtype", DTYPES),
     "kv-cache-dtype": ("kv_dtype", CACHE_DTYPES), "quantization": ("quant", QUANTS),
+    "speculative-algorithm": ("draft", SPECULATES), "speculative-draft-model-path": ("draft", None),
 }  # fmt: skip
 GGUF_CACHE = {t: t for t in ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")}
 ALL_LAYERS = {"all": None, "auto": None, "-1": None}
@@ -105,6 +112,9 @@ def parse(line: str) -> EngineLine:
             continue
         if not joined:
             value = rest.pop(0) if rest and (not rest[0].startswith("-") or rest[0] == "-1") else ""
+        if name == "speculative-config" and known:
+            value = _speculates(value)
+            known = known if value else ""
         if not known:
             if name not in NO_MATTER:
                 unknown.append(f"{word} {value}".strip() if not joined else word)
@@ -147,6 +157,24 @@ def _llama(model: str | None, options: dict[str, Any], unknown: list[str], serve
     if model and not model.endswith(".gguf") and ":" in model.rpartition("/")[2]:
         model, _, options["file"] = model.rpartition(":")
     return model
+
+
+def _speculates(text: str) -> str:
+    """The draft of vLLM's `--speculative-config`: a model, or `mtp`; nothing where it says neither.
+
+    >>> _speculates('{"method": "deepseek_mtp", "num_speculative_tokens": 1}')
+    'mtp'
+    """
+    try:
+        said = json.loads(text)
+    except (ValueError, RecursionError):
+        return ""
+    if not isinstance(said, dict):
+        return ""
+    method, model = said.get("method"), said.get("model")
+    if isinstance(method, str) and method.endswith("mtp"):
+        return "mtp"
+    return model if isinstance(model, str) and method in (None, "draft_model") else ""
 
 
 def _program(words: list[str]) -> tuple[str, list[str]]:
