@@ -5,9 +5,12 @@ from typing import Any
 
 import pytest
 from ggufs import LLAMA, Tensors, llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hfvram.errors import HfvramError
 from hfvram.memory.serving.llama_cache import Cells, caches
+from hfvram.memory.serving.llama_compute import compute_bytes
 from hfvram.model.architecture import Architecture
 from hfvram.model.gguf import read
 from hfvram.model.gguf_keys import Keys
@@ -225,3 +228,42 @@ def test_what_is_refused(
         made()
     assert caught.value.kind == kind
     assert words in caught.value.message
+
+
+KEYS = (
+    *("block_count", "embedding_length", "context_length", "vocab_size", "nextn_predict_layers", "expert_count"),
+    *("expert_used_count", "attention.head_count", "attention.head_count_kv", "attention.key_length"),
+    *("attention.sliding_window", "attention.sliding_window_pattern", "attention.shared_kv_layers", "ssm.conv_kernel"),
+    *("ssm.inner_size", "ssm.state_size", "ssm.time_step_rank", "ssm.group_count", "attention.causal"),
+    *("attention.kv_lora_rank", "rope.dimension_count", "attention.value_length", "attention.key_length_swa"),
+)
+VALUES = st.one_of(
+    st.integers(-3, 9), st.integers(-(2**63), 2**64), st.floats(), st.booleans(), st.text(max_size=4), st.none(),
+    st.lists(st.one_of(st.integers(-2, 8), st.booleans()), max_size=4).map(tuple),
+)  # fmt: skip
+KINDS_OF_LAYERS = (
+    ATTENTION, FEED, {"attn_kv_a_mqa.weight": (40, 64), "attn_k_b.weight": (4, 32, 16)}, {"ssm_in.weight": (256, 64)},
+    {"ssm_in.weight": (256, 64), "ssm_x.weight": (36, 128)}, {"ssm_beta.weight": (32, 64)},
+    {"shortconv.conv.weight": (64, 3)}, {"ffn_up_exps.weight": (8, 32, 64)}, {"ffn_down.weight": (64,)},
+)  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from(("llama", "gemma3", "gemma3n", "llama4", "deepseek2", "qwen35", "bert", "strange")),
+    st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=12),
+    st.lists(st.sampled_from(KINDS_OF_LAYERS), min_size=1, max_size=3),
+)
+def test_strange_keys_are_refused_or_answered_and_nothing_else(
+    arch: str, keys: dict[str, Any], layers: list[dict[str, tuple[int, ...]]]
+) -> None:
+    tensors = {f"blk.{i}.{n}": ("F16", s) for i in range(2) for each in layers for n, s in each.items()}
+    try:
+        a = read_as(arch, {**SIZES, "block_count": 2, **keys}, tensors)
+        found = list(caches(a, Cells(ctx=512), "f16", "f16"))
+    except HfvramError as error:
+        assert error.kind in ("bad_header", "unknown_architecture")  # noqa: PT017
+        return
+    assert all(c.nbytes >= 0 for c in found)
+    low, likely, high = compute_bytes(a, Cells(ctx=512))
+    assert 0 <= low <= likely <= high
