@@ -179,3 +179,9 @@ def test_files_and_the_rule_for_them_are_of_one_size(tmp_path: Path) -> None:
 def test_layers_of_packed_files_go_to_cpu_memory(tmp_path: Path) -> None:
     e = ask(tmp_path, AWQ, packed(), offload=["layers"])
     assert e.cpu_bytes == LINEAR // 2 + LINEAR // 128 * 5 // 2 + 4 * 256 * 2
+
+
+def test_formats_that_no_serving_engine_loads(tmp_path: Path) -> None:
+    config = BF16 | {"quantization_config": {"bits": 4, "group_size": 64}}
+    for engine, name in (("vllm", "vLLM"), ("sglang", "SGLang")):
+        assert any(f"{name} loads no mlx files" in w for w in ask(tmp_path, config, engine=engine).warnings)

@@ -42,6 +42,8 @@ NO_USE: Final = (
 """Options that mean nothing to a serving engine, or that are not answered for one yet."""
 MADE: Final = ("fp8", "nf4", *AS_IF)
 """What weights may be in that are stored whole: made while loading, or as if the checkpoint were so."""
+NOT_LOADED: Final = ("mlx", "eetq", "quanto", "aqlm", "bitnet", "hqq")
+"""Formats that neither vLLM nor SGLang loads (model_executor/layers/quantization/__init__.py)."""
 NEARLY: Final = 0.03
 """So much of the weights may engines' copies and padding be."""
 CACHE_BYTES: Final = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
@@ -156,6 +158,8 @@ def _weights(a: Architecture, request: Request, own: str, quant: str) -> list[st
             valid = f"--quant none answers for {request.dtype if request.dtype != 'auto' else a.dtype}"
             raise HfvramError("usage", f"quantization {quant} is not supported yet{alone}: {valid}")
         return [f"quantization {quant} is not known here: weights count as they are stored, whatever is made of them"]
+    if quant == own and (kind := quant.partition("-")[0]) in NOT_LOADED:
+        return [f"{NAMES[engine]} loads no {kind} files: the weights count as they are stored"]
     if a.stored_sizes and quant == own and (said := _stored_otherwise(a, request, quant)):
         return [said]
     if own == "none" and quant in AS_IF:

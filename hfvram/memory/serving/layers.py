@@ -4,6 +4,7 @@ from hfvram.errors import HfvramError
 from hfvram.memory.serving.specs import ChunkCache, FullCache, LatentCache, StateCache, TokenCache, WindowCache
 from hfvram.model.layers import (
     Attention,
+    CompressedAttention,
     GatedDeltaNet,
     LatentAttention,
     Layer,
@@ -70,7 +71,8 @@ def state_cache(mixer: Mixer, tp: int, conv_e: int, state_e: int, block: int) ->
         case ShortConv():
             conv, state = split(mixer.hidden_size, tp, "channels of the convolution") * (mixer.d_conv - 1), 0
         case _:
-            raise HfvramError("usage", f"no serving engine here knows the cache of {mixer.kind} layers")
+            kind = "compressed attention (DeepSeek-V4)" if isinstance(mixer, CompressedAttention) else mixer.kind
+            raise HfvramError("usage", f"no serving engine here knows the cache of {kind} layers")
     return StateCache(conv * conv_e, state * state_e, block)
 
 
