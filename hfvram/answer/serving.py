@@ -21,6 +21,14 @@ from hfvram.request import Request
 from hfvram.units import GiB, gib
 
 SLACK_BYTES: Final = GiB // 2
+LAYER: Final = "the sampler's logits or the widest layer, whichever is more"
+PAGED: Final = "logits in fp32 or all keys and values read, whichever is more, with inputs and mask"
+FILES: Final = {
+    "vllm": ("v1/core/kv_cache_utils.py", "v1/worker/gpu_model_runner.py"),
+    "sglang": ("mem_cache", "model_runner"),
+    "transformers": ("continuous_batching/cache.py", "continuous_batching/cache.py"),
+}
+"""Where each engine makes its pool, and runs the model."""
 BASIS: Final = "activations, CUDA graphs and NCCL of 34 runs of vLLM 0.19 on H100: ±0.5 GiB"
 
 
@@ -134,7 +142,7 @@ def _items(found: Plan, needed: int) -> Iterator[Item]:
                 category="cache",
                 bytes=pool.pool_bytes if found.room_bytes is not None else needed,
                 formula=pool.formula if pool.units is None else f"{pool.units:,} {pool.name}, {pool.formula}",
-                source=f"{project}: v1/core/kv_cache_utils.py" if found.engine == "vllm" else f"{project}: mem_cache",
+                source=f"{project}: {FILES[found.engine][0]}",
                 certainty="exact" if pool.units is None else "calibrated",
             )
         )
@@ -145,10 +153,8 @@ def _items(found: Plan, needed: int) -> Iterator[Item]:
             name="activations",
             category="activations",
             bytes=found.activation_bytes,
-            formula="the sampler's logits or the widest layer, whichever is more",
-            source=f"{project}: v1/worker/gpu_model_runner.py"
-            if found.engine == "vllm"
-            else f"{project}: model_runner",
+            formula=PAGED if found.engine == "transformers" else LAYER,
+            source=f"{project}: {FILES[found.engine][1]}",
             certainty="calibrated" if found.engine == "vllm" else "guess",
         )
     )
