@@ -332,6 +332,8 @@ class MixtureOfExperts:
     """The chosen experts' weights are divided by their sum."""
     auxiliary: bool = False
     """While training, a loss that asks for balance is made of the router's logits (`output_router_logits`)."""
+    choice_bias: bool = False
+    """Experts are chosen after a bias was added that needs no gradient (LFM2)."""
     group_limited: bool = False
     """Experts are chosen of the best groups only."""
     groups: int = 1

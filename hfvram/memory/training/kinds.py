@@ -120,7 +120,7 @@ class Kind:
     drops_inside: bool = False
     """The attention itself drops what it returns."""
     router: (
-        Literal["probabilities", "cast back", "flat, cast back", "chosen first", "chosen alone", "greedy", "balanced"]
+        Literal["probabilities", "cast back", "flat, cast back", "chosen first", "chosen alone", "greedy", "balanced", "sigmoids"]
         | None
     ) = None
     """How experts are chosen: `routing.ROUTERS`."""
@@ -169,6 +169,7 @@ KINDS: Final[dict[str, Kind]] = {
     ),
     "gpt_neox": Kind(norms="first", layer="two branches"),
     "bloom": Kind(norms="between", layer="with alibi", embedding="normed", counts=False),
+    "mt5": Kind(layer="relative", norms="after each", own_softmax=True),
     "t5": Kind(layer="relative", norms="after each", own_softmax=True),
     "bert": _BERT,
     "distilbert": replace(_BERT, layer="plain norm after"),
@@ -200,6 +201,7 @@ KINDS: Final[dict[str, Kind]] = {
     "qwen3_5_text": _QWEN35,
     "qwen3_5_moe_text": _QWEN35,
     "lfm2": _LLAMA,
+    "lfm2_moe": Kind(router="sigmoids"),
     "smollm3": _LLAMA,
     "opt": Kind(layer="flattened", embedding="counted ones", counts=False, norms="after each", final_first=True),
     "ministral": Kind(masks="both"),

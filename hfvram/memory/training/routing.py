@@ -98,6 +98,21 @@ def balanced(t: Tape, part: MixtureOfExperts, w: Wrapped, x: Tensor) -> Routed:
     return logits, op.scale(t, weights, CHOICE), chosen
 
 
+def sigmoids(t: Tape, part: MixtureOfExperts, w: Wrapped, x: Tensor) -> Routed:
+    """Sigmoids in the logits' dtype, chosen after a bias in fp32 was added where there is one (LFM2)."""
+    logits = op.linear(t, x, w.weight(t), None, LOGITS)
+    weights = op.of_output(t, logits, SCORES)
+    if part.choice_bias:
+        biased = op.mask(t, weights, Tensor(Storage(), (part.experts,), (1,), "fp32"), SCORES)
+        _values, chosen = selection.top_k(t, biased, part.top_k, CHOICE)
+        weights = selection.gather(t, weights, chosen, CHOICE)
+    else:
+        weights, chosen = selection.top_k(t, weights, part.top_k, CHOICE)
+    if part.normalized:
+        weights = selection.divide(t, weights, op.shift(t, _sum(t, weights), CHOICE), CHOICE)
+    return logits, op.scale(t, weights, CHOICE), chosen
+
+
 def _wide_logits(t: Tape, w: Wrapped, x: Tensor) -> Tensor:
     x = op.reshape(t, x, -1, x.shape[-1])
     return op.linear(t, op.to(t, x, "fp32", WIDE), op.to(t, w.weight(t), "fp32", WIDE), None, LOGITS)
@@ -149,4 +164,5 @@ ROUTERS: Final[dict[str, Callable[[Tape, MixtureOfExperts, Wrapped, Tensor], Rou
     "chosen first": chosen_first,
     "greedy": greedy,
     "balanced": balanced,
+    "sigmoids": sigmoids,
 }

@@ -88,6 +88,8 @@ def experts(config: Config, hidden: int) -> MixtureOfExperts:
         top_k=config.size("num_experts_per_tok"),
         intermediate_size=each,
         routing_fp32=False,
+        normalized=config.flag("norm_topk_prob"),
+        choice_bias=config.flag("use_expert_bias"),
         params=(
             *fused_experts("feed_forward.experts", count, hidden, each),
             Param("feed_forward.gate.weight", (count, hidden), "other"),
