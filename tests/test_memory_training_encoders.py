@@ -83,18 +83,21 @@ def test_what_has_no_formula_is_said() -> None:
 T5: dict[str, Any] = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "vocab_size": 256}
 T5 |= {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}
 T5 |= {"decoder_start_token_id": 0, "pad_token_id": 0}
+MT5 = T5 | {"model_type": "mt5", "architectures": ["MT5ForConditionalGeneration"]}
 GATED = T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("options", [{"batch": 2}, {"dtype": "fp32", "ctx": 30}, OPTIONS[2]], ids=str)
 @pytest.mark.parametrize(
     "config",
-    [T5, GATED, T5 | {"num_decoder_layers": 3}],
-    ids=["t5", "gated", "unequal"],
+    [T5, GATED, T5 | {"num_decoder_layers": 3}, MT5],
+    ids=["t5", "gated", "unequal", "mt5"],
 )
-def test_t5_event_by_event(config: dict[str, Any], options: dict[str, Any]) -> None:
+def test_t5_event_by_event(config: dict[str, Any], options: dict[str, Any], again: bool) -> None:
     pytest.importorskip("torch")
+    options = options | {"gradient_checkpointing": again}
     from hfvram.memory.exact.simulate import simulate
 
     exact = simulate(config, None, request(method="simulate", **options))
@@ -104,18 +107,18 @@ def test_t5_event_by_event(config: dict[str, Any], options: dict[str, Any]) -> N
         assert getattr(formula, fact) == getattr(exact, fact)
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("decoder", [24, 12])
-def test_two_towers_are_stretched_as_whole(decoder: int) -> None:
+def test_two_towers_are_stretched_as_whole(decoder: int, again: bool) -> None:
     """Towers of one depth are written short, others in full."""
-    architecture, asked = infer(T5 | {"num_layers": 24, "num_decoder_layers": decoder}), request()
+    architecture = infer(T5 | {"num_layers": 24, "num_decoder_layers": decoder})
+    asked = request(gradient_checkpointing=again)
     short, full = timeline(architecture, asked), timeline(architecture, asked, whole=True)
     assert sequence(short) == sequence(full)
     assert short.gradients_bytes == full.gradients_bytes == 2 * architecture.parameters
 
 
-@pytest.mark.parametrize(
-    "options", [{"gradient_checkpointing": True}, {"attention": "eager"}, {"dtype": "fp16"}, {"padding": True}], ids=str
-)
+@pytest.mark.parametrize("options", [{"attention": "eager"}, {"dtype": "fp16"}, {"padding": True}], ids=str)
 def test_what_of_t5_has_no_formula_is_said(options: dict[str, Any]) -> None:
     with pytest.raises(HfvramError, match=r"T5ForConditionalGeneration .* has no formula"):
         timeline(infer(T5), request(**options))

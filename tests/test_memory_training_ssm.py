@@ -16,6 +16,9 @@ MAMBA = SMALL | {"model_type": "mamba", "state_size": 8, "time_step_rank": 4}
 MAMBA_2 = SMALL | {"model_type": "mamba2", "state_size": 16, "num_heads": 8, "head_dim": 16, "n_groups": 2}
 HYBRID = SMALL | {"intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
 MIXED = HYBRID | {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1}
+LFM2_EXPERTS: dict[str, Any] = HYBRID | {"model_type": "lfm2_moe", "num_experts": 8, "num_experts_per_tok": 2}
+LFM2_EXPERTS |= {"moe_intermediate_size": 48, "num_dense_layers": 1, "num_hidden_layers": 3}
+LFM2_EXPERTS |= {"layer_types": ["conv", "full_attention", "conv"]}
 MODELS: dict[str, dict[str, Any]] = {
     "mamba": MAMBA,
     "mamba, bf16 residual": MAMBA | {"residual_in_fp32": False, "use_conv_bias": False},
@@ -41,6 +44,8 @@ MODELS: dict[str, dict[str, Any]] = {
     | {"num_experts_per_tok": 2, "layer_types": ["mamba", "attention"]},
     "lfm2": HYBRID | {"model_type": "lfm2", "layer_types": ["conv", "full_attention"]},
     "mamba2, bf16 residual": MAMBA_2 | {"chunk_size": 64, "residual_in_fp32": False, "use_conv_bias": False},
+    "lfm2_moe": LFM2_EXPERTS,
+    "lfm2_moe, without a bias": LFM2_EXPERTS | {"norm_topk_prob": False, "use_expert_bias": False},
 }
 WITHOUT_KERNELS = [
     *("mamba", "mamba, bf16 residual", "falcon_mamba", "jamba", "lfm2"),

@@ -5,6 +5,7 @@ Source: transformers 5.17, models/llama/modeling_llama.py, loss/loss_utils.py `F
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Final
 
 from hfvram.memory.timeline import Tag
@@ -216,7 +217,20 @@ def _checkpointed(t: Tape, layer: Layer, blocks: Blocks, hidden: Tensor, around:
     around = around.of(layer)
     if "activations" in around.request.offload:
         return _offloaded(t, layer, blocks, [hidden], around)
+    if around.kind.layer == "relative":
+        return t.checkpoint(partial(_with_biases, t, layer, blocks, hidden, around, dict(around.biases)))
     return t.checkpoint(lambda: _whole(t, layer, blocks, hidden, around))
+
+
+def _with_biases(
+    t: Tape, layer: Layer, blocks: Blocks, hidden: Tensor, around: Surroundings, given: dict[bool, Tensor]
+) -> Tensor:
+    """One layer with the biases that it is given; what it makes of them is handed on, but not when it runs again."""
+    own = replace(around, biases=dict(given))
+    out = _whole(t, layer, blocks, hidden, own)
+    if t.redone is None:
+        around.biases |= own.biases
+    return out
 
 
 def _offloaded(t: Tape, layer: Layer, blocks: Blocks, place: list[Tensor], around: Surroundings) -> Tensor:

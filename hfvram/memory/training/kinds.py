@@ -120,7 +120,16 @@ class Kind:
     drops_inside: bool = False
     """The attention itself drops what it returns."""
     router: (
-        Literal["probabilities", "cast back", "flat, cast back", "chosen first", "chosen alone", "greedy", "balanced", "sigmoids"]
+        Literal[
+            "probabilities",
+            "cast back",
+            "flat, cast back",
+            "chosen first",
+            "chosen alone",
+            "greedy",
+            "balanced",
+            "sigmoids",
+        ]
         | None
     ) = None
     """How experts are chosen: `routing.ROUTERS`."""

@@ -199,8 +199,7 @@ def _math(
     if bias is not None:
         t.moment(prod(weights.shape))  # rows that are masked whole
     del scores
-    weights = dropout(t, weights, p, tag)
-    return to(t, matmul(t, weights, v, tag), dtype, tag)
+    return to(t, matmul(t, dropout(t, weights, p, tag), v, tag), dtype, tag)
 
 
 def _scores(t: Tape, q: Tensor, k: Tensor, tag: Tag | None) -> Tensor:

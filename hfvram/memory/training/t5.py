@@ -11,7 +11,7 @@ from hfvram.memory.training.feed_forward import DOWN, PRODUCT, WIDE
 from hfvram.memory.training.scaled_dot_product import attention as scaled_dot_product
 from hfvram.memory.training.states import Blocks, Weights
 from hfvram.memory.training.surroundings import Surroundings
-from hfvram.memory.training.tape import Tape
+from hfvram.memory.training.tape import Input, Tape
 from hfvram.memory.training.tensors import Tensor
 from hfvram.model.layers import Attention, FeedForward, Layer
 
@@ -69,12 +69,14 @@ def _attention(
     q = op.transpose(t, op.reshape(t, w.linear(t, x, QUERY), b, s, -1, d), 1, 2)
     k = op.transpose(t, op.reshape(t, w.linear(t, source, KEY_VALUE), b, source.shape[1], -1, d), 1, 2)
     v = op.transpose(t, op.reshape(t, w.linear(t, source, KEY_VALUE), b, source.shape[1], -1, d), 1, 2)
-    if around.encoded is not None:
+    if around.encoded is not None and not around.request.gradient_checkpointing:
         k, v = op.cat(t, (k,), 2, CACHED), op.cat(t, (v,), 2, CACHED)
         around.cached += [k, v]
     bias = around.biases.get(cross)
     if bias is None and table is None:
         bias = t.new((1, part.heads, s, k.shape[2]), q.dtype, None, BIAS)
+        if around.request.gradient_checkpointing:
+            bias.node = Input(bias)  # as transformers asks for, so that no fused kernel runs
     elif bias is None:
         assert table is not None
         bias = _bias(t, table, s, around.encoded is None)

@@ -235,8 +235,8 @@ def _refuse_seq2seq(architecture: Architecture, request: Request) -> None:
     name = architecture.class_name
     if kind_of(architecture).layer != "relative" or not name.endswith("ForConditionalGeneration"):
         raise unknown(name)
-    if request.gradient_checkpointing or request.attention != "sdpa":
-        raise unknown(f"{name} with gradient checkpointing or --attention {request.attention}")
+    if request.attention != "sdpa":
+        raise unknown(f"{name} with --attention {request.attention}")
     if request.dtype == "fp16":
         raise unknown(f"{name} in fp16")
     if mesh_of(request).gpus > 1 or request.fsdp or request.zero or request.offload:
