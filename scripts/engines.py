@@ -43,12 +43,7 @@ GRID: dict[str, list[dict[str, Any]]] = {
 MOST = {"inference": 1.5, "qlora": 1.0}
 """Percent of live bytes at the peak by which the engines may differ, by mode; elsewhere TRAINED."""
 TRAINED = 0.2
-_IMAGES = "the simulation is given an image, the formula counts ctx tokens"
 KNOWN: dict[str, tuple[float, str]] = {
-    "clip": (6, _IMAGES),
-    "clip_vision_model": (45, _IMAGES),
-    "vit": (42, _IMAGES),
-    "yolos": (70, _IMAGES),
     "dbrx": (3, "its experts' own code, one expert after the other"),
     "deberta": (18, "its disentangled attention is counted too low by formula"),
     "deepseek_v4": (75, "experts in fp4 count as fp8 by formula where only a configuration is known"),
@@ -94,7 +89,8 @@ def _unusual(config: dict[str, Any]) -> int:
 
 
 def cut(config: dict[str, Any]) -> dict[str, Any]:
-    """No deeper than DEPTH layers, lists of layers cut alike; nested configurations, too.
+    """No deeper than DEPTH layers, lists of layers cut alike, another kind of layer among them if there is one; nested
+    configurations, too.
 
     >>> cut({"num_hidden_layers": 6, "layer_types": list("abcdef"), "text_config": {"n_layer": 9}})
     {'num_hidden_layers': 4, 'layer_types': ['a', 'b', 'c', 'd'], 'text_config': {'n_layer': 4}}
@@ -105,10 +101,18 @@ def cut(config: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict):
             value = cut(value)
         elif isinstance(value, list) and depth and len(value) == depth:
-            value = value[:DEPTH]
+            others = [kind for kind in value if isinstance(kind, str) and kind not in value[:DEPTH]]
+            value = [*value[: DEPTH - 1], others[0]] if others else value[:DEPTH]
+        elif key == "attn_layer_period":  # Jamba's: one attention among the layers that are left
+            value, out["attn_layer_offset"] = DEPTH, DEPTH - 1
         elif key == "attention_types":  # GPT-Neo's: [[["global", "local"], 12]]
             value = [[kinds, DEPTH // len(kinds)] for kinds, _ in value[:1]]
-        elif type(value) is int and value > DEPTH and key.endswith(("layers", "layer", "depth")) and "first" not in key:
+        elif (
+            type(value) is int
+            and value > DEPTH
+            and key.endswith(("layers", "layer", "depth"))
+            and not any(word in key for word in ("first", "feat", "offset"))
+        ):
             value = DEPTH
         out[key] = value
     return out

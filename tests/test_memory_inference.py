@@ -57,3 +57,26 @@ def test_t5_keeps_its_last_product_in_fp32(config: dict[str, Any], asked: dict[s
     """In fp16 `from_pretrained` leaves `wo` in fp32, and the residual becomes fp32 by it; the bias is padded always."""
     formed, exact = peaks(config, ctx=1000, **asked)
     assert formed == pytest.approx(exact, rel=0.005)
+
+
+VIT = {"model_type": "vit", "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 96}
+YOLOS = VIT | {"model_type": "yolos", "image_size": [96, 128], "num_detection_tokens": 10}
+VISION = VIT | {"model_type": "clip_vision_model", "patch_size": 8}
+TEXT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 500}
+CLIP = {"model_type": "clip", "text_config": TEXT, "vision_config": VISION}
+SIGLIP = {"model_type": "siglip_vision_model"} | {k: v for k, v in VISION.items() if k != "model_type"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [VIT, YOLOS, VISION, CLIP, SIGLIP], ids=lambda c: c["model_type"])
+def test_an_image_is_as_many_tokens_as_its_patches(config: dict[str, Any]) -> None:
+    """Whatever --ctx says; both engines are given the image of the configuration."""
+    formed, exact = peaks(config, batch=3, ctx=70)
+    assert formed == pytest.approx(exact, rel=0.002)
+
+
+def test_ctx_says_nothing_of_an_image() -> None:
+    asked = [resolve(infer(VIT), Request(mode="inference", ctx=ctx)) for ctx in (70, 700)]
+    assert all("an image is 37 tokens" in warnings[0] for _, warnings in asked)
+    peaks_of = {replay(formula.timeline(infer(VIT), request)).allocated_bytes for request, _ in asked}
+    assert len(peaks_of) == 1

@@ -52,6 +52,9 @@ def resolve(architecture: Architecture, request: Request) -> tuple[Request, list
     ctx = request.ctx or min(DEFAULT_CTX, limit or DEFAULT_CTX)
     if limit and ctx > limit:
         warnings.append(f"ctx {ctx:,} is over the model's limit of {limit:,} tokens")
+    if architecture.text.pixels:
+        tokens = architecture.text.tokens or 0
+        warnings.append(f"an image is {tokens:,} tokens at the configured image_size: --ctx doesn't apply")
     encoder = architecture.task == "encoder"
     bare = architecture.task == "causal" and not architecture.generates
     phase = request.phase or ("encode" if encoder or bare else "generate")

@@ -35,6 +35,7 @@ GENERATE = "transformers 5.17: generation/utils.py"
 IDS = Tag("token ids, mask and positions", "inputs", "b·s·8", GENERATE)
 ANGLES = Tag("rotary angles", "activations", "b·s·d·e", "transformers 5.17: LlamaRotaryEmbedding.forward")
 MASK = Tag("attention mask", "activations", "b·s·t", "transformers 5.17: masking_utils.py")
+IMAGE = Tag("images", "inputs", "b·c·height·width·e", GENERATE)
 LOGITS = Tag("logits", "activations", "b·V·e", GENERATE)
 RECEIVED = Tag("hidden states from another GPU", "activations", "b·s·h·e", HOOKS)
 
@@ -79,12 +80,30 @@ def prefill(t: Timeline, architecture: Architecture, f: Forward) -> list[list[in
 
 def encode(t: Timeline, architecture: Architecture, f: Forward) -> None:
     """One pass of a model: hidden states, or logits of every token, come out; a decoder fills a cache all the same."""
+    own = architecture.text
+    f = replace(f, use_cache=architecture.generates_cache, tokens=own.tokens or f.tokens if own.pixels else f.tokens)
     t.symbols = symbols(architecture, f)
-    f = replace(f, use_cache=architecture.generates_cache)
     t.mark("encode")
-    t.alloc(f.batch * f.tokens * 8, IDS)
-    workspaces(t, f, architecture, architecture.text)
+    if not own.pixels:
+        t.alloc(f.batch * f.tokens * 8, IDS)
+    looking = [stack for stack in architecture.stacks if stack.pixels] if architecture.task == "encoder" else []
+    for stack in looking:
+        t.alloc(f.batch * stack.pixels * f.element_bytes, IMAGE)
+    workspaces(t, f, architecture, own, *looking)
+    for stack in looking:
+        if stack is not own:
+            _look(t, replace(f, tokens=stack.tokens or f.tokens), stack)
     forward(t, architecture, f, [[] for _ in architecture.text.layers])
+
+
+def _look(t: Timeline, f: Forward, stack: Stack) -> None:
+    """The tower of images beside the one of text: what comes out of it is one vector an image."""
+    embedded = hidden = t.alloc(f.bytes(stack.hidden_size), HIDDEN)
+    for layer in stack.layers:
+        out = run_layer(t, f, layer, hidden, [])
+        t.free(*[] if hidden == embedded else [hidden])
+        hidden = out
+    t.free(embedded, hidden)
 
 
 def _count_cache(t: Timeline, caches: list[list[int]]) -> None:

@@ -29,6 +29,8 @@ class Stack:
     """Indices of layers whose weights are an earlier layer's (ALBERT, Zamba2): they run, but own no parameter."""
     tokens: int | None = None
     """Tokens that it sees whatever the prompt: an image's patches, Whisper's frames; None for the prompt's own."""
+    pixels: int = 0
+    """Numbers of the image that it is given: channels × height × width; 0 where it reads something else."""
 
     def params(self) -> Iterator[Param]:
         """All of its tensors, named in full, in the order in which transformers builds them."""

@@ -54,6 +54,7 @@ def clip(config: Config, prefix: str) -> Stack:
         ),
         layers=(clip_like(config),) * config.layers("num_hidden_layers"),
         tokens=patches + 1,
+        pixels=config.size("num_channels") * image_size(config, "image_size") ** 2,
         after=norm(f"{prefix}post_layernorm", hidden, True),
     )
 
@@ -73,6 +74,7 @@ def siglip(config: Config, prefix: str) -> Stack:
         + blocks.embedding(f"{embeddings}.position_embedding", patches, hidden),
         layers=(clip_like(config),) * config.layers("num_hidden_layers"),
         tokens=patches,
+        pixels=config.size("num_channels") * image_size(config, "image_size") ** 2,
         after=after,
     )
 

@@ -4,6 +4,7 @@ Source: transformers 5.17, models/{vit, deit, yolos, dinov2}/modeling_*.py and c
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from hfvram.errors import HfvramError
 from hfvram.model.architecture import Architecture, Stack
@@ -29,6 +30,7 @@ def read(config: Config, class_name: str | None) -> Architecture:
     class_name, end = class_and_end(config, class_name, NAMES[kind], CLASSES[kind])
     bare, hidden = end == "Model", config.size("hidden_size")
     prefix = "" if bare else {"yolos": "vit."}.get(kind, f"{kind}.")
+    height, width = pair(config, "image_size")
     before, tokens = embeddings(config, f"{prefix}embeddings", hidden)
     block = dinov2_layer(config, hidden) if kind == "dinov2" else layer(config, hidden)
     depth = config.layers("num_hidden_layers")
@@ -45,6 +47,7 @@ def read(config: Config, class_name: str | None) -> Architecture:
         + norm(f"{prefix}layernorm", hidden, bias=True)
         + pooler,
         tokens=tokens,
+        pixels=config.size("num_channels") * height * width,
     )
     top = () if bare else heads(config, end, hidden)
     return encoder(config, class_name, stack, top, final_norm="layer", max_positions=None, vocab_size=1)
@@ -99,7 +102,8 @@ def layer(config: Config, hidden: int) -> Layer:
     up, down = ("intermediate.dense", "output.dense") if old else ("mlp.fc1", "mlp.fc2")
     activation = config.text("hidden_act", default="gelu")
     feed = mlp(up, down, hidden, config.size("intermediate_size"), activation)
-    return encoder_layer(scores(config, hidden, names), feed, "layernorm_before", "layernorm_after")
+    block = encoder_layer(scores(config, hidden, names), feed, "layernorm_before", "layernorm_after")
+    return replace(block, keeps="mixed and normed") if old else block
 
 
 def dinov2_layer(config: Config, hidden: int) -> Layer:
