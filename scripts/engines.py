@@ -47,6 +47,7 @@ KNOWN: dict[str, tuple[float, str]] = {
     "dbrx": (3, "its experts' own code, one expert after the other"),
     "deberta": (18, "its disentangled attention is counted too low by formula"),
     "deepseek_v4": (75, "experts in fp4 count as fp8 by formula where only a configuration is known"),
+    "wav2vec2": (52, "its convolutions over the sound are not counted by formula"),
     "kimi_k25": (69, "the simulation builds its int4 experts in bf16"),
 }
 """Types that differ by more in inference: by how much at most, and why."""

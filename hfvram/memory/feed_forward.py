@@ -86,7 +86,7 @@ def mixture(t: Timeline, f: Forward, part: MixtureOfExperts) -> int:
     """
     if part.every_token:
         return _every_token(t, f, part)
-    if f.decoding and part.fused and f.resident_experts is None:
+    if f.decoding and part.fused and f.resident_experts is None and f.quant != "fp8":
         return _gathered(t, f, part)
     chosen = f.rows * part.top_k
     e = f.element_bytes
@@ -129,7 +129,7 @@ def mixture(t: Timeline, f: Forward, part: MixtureOfExperts) -> int:
 
 def _gathered(t: Timeline, f: Forward, part: MixtureOfExperts) -> int:
     """The experts of a decoding step: generate() switches to a batched matmul, for which the weights of the chosen
-    experts are copied, once for each token.
+    experts are copied, once for each token. Those in fp8 have kernels that take them where they are.
 
     Source: transformers 5.17, generation/utils.py (`_optimize_model_for_decode`) and integrations/moe.py
     (`batched_mm_experts_forward`); measured on Jamba, whose peak it is.
