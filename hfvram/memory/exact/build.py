@@ -48,7 +48,9 @@ def settle(model: Any) -> None:
     Which ids they are changes no size. And all parameters are on meta, those too that are made of random numbers.
     """
     generation = getattr(model, "generation_config", None)
-    if getattr(generation, "use_mtp", None):  # MiniMax-M2's configuration names it, its generation_config.json does not
+    if generation is not None and getattr(
+        generation, "use_mtp", None
+    ):  # MiniMax-M2's configuration names it, its generation_config.json does not
         generation.use_mtp = None
     padded = model.config.is_encoder_decoder or type(model).__name__.endswith("ForSequenceClassification")
     holders = [h for h in (generation, model.config if padded else None) if h is not None]
