@@ -1,5 +1,6 @@
 """A card's figures: every one is the estimate of the request that it stands for."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,17 @@ def test_a_model_of_a_folder_is_named_without_its_path(tmp_path: Path) -> None:
     c = card(llama_folder(tmp_path))
     assert (c.id, c.on_hub) == ("llama", False)
     assert c.notes == ()
+    assert card(f"{tmp_path}/llama/config.json").id == "llama"
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    lora = {
+        "peft_type": "LORA",
+        "r": 8,
+        "target_modules": ["q_proj"],
+        "base_model_name_or_path": str(tmp_path / "llama"),
+    }
+    (adapter / "adapter_config.json").write_text(json.dumps(lora))
+    assert (card(str(adapter)).id, card(str(adapter)).on_hub) == ("adapter", False)
 
 
 def test_where_a_model_was_read_is_in_the_notices_alone(qwen: Card) -> None:
@@ -96,3 +108,16 @@ def test_models_that_generate_no_text_have_a_card_too(model: str) -> None:
     c = card(model, offline=True)
     assert c.memory
     assert c.holds[-1].contexts[0]
+
+
+@pytest.mark.slow
+def test_a_model_of_which_only_the_code_is_known_has_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    xlnet = {"model_type": "xlnet", "architectures": ["XLNetLMHeadModel"], "d_model": 64, "n_layer": 1, "n_head": 4}
+    (tmp_path / "config.json").write_text(json.dumps(xlnet | {"d_inner": 128, "vocab_size": 1000, "dtype": "float32"}))
+    monkeypatch.setattr("hfvram.answer.card.CONTEXTS", (64,))
+    monkeypatch.setattr("hfvram.answer.card.TRIED", 128)
+    c = card(str(tmp_path))
+    assert (c.method, c.contexts, c.limit, c.exactly) == ("simulate", (64, 128), None, False)
+    assert c.holds[0].contexts[0] == 128  # XLNet says −1 for no limit

@@ -14,12 +14,15 @@ from hfvram.answer.gpus import Gpu, find_gpu
 from hfvram.answer.question import Session, answer, taken
 from hfvram.errors import HfvramError
 from hfvram.model.identify import Model
+from hfvram.read.names import LocalPath, parse_name
 from hfvram.request import Request
 
 CONTEXTS = (4096, 8192, 32768, 131072, 1 << 20)
 MOST_CONTEXTS = 4
 UNLIMITED = 131072
 """As far as a card goes where a model has no limit of its own."""
+TRIED = 8192
+"""The same where the model's own code has to run: some of it makes real tensors of tokens × tokens."""
 GPUS = ("RTX 4060", "RTX 3060 12GB", "RTX 4080", "RTX 4090", "RTX 5090", "L40S", "H100 SXM 80GB", "H200")
 """A common GPU of each size, the smallest first."""
 NODES = ((2, "H100 SXM 80GB"), (4, "H100 SXM 80GB"), (8, "H100 SXM 80GB"), (8, "H200"))
@@ -99,7 +102,8 @@ def card(name: str, *, token: str | None = None, offline: bool = False) -> Card:
     base = session.estimate(name, Request(), token=token, offline=offline)
     model = session.model(name, Request(), token=token, offline=offline)
     limit = model.architecture.max_positions
-    columns = contexts(limit)
+    longest = limit or (UNLIMITED if model.architecture.closed_form else TRIED)
+    columns = contexts(longest)
     rows = list(_memory(model, columns))
     useless = [row.numbers for row in rows[1:] if row.weights_bytes > WORTH * rows[0].weights_bytes]
     rows = [row for row in rows if row.numbers not in useless]
@@ -107,19 +111,18 @@ def card(name: str, *, token: str | None = None, offline: bool = False) -> Card:
     if useless:
         notes.append(f"{' and '.join(useless)}: hardly less, as most of this model's weights stay as they are stored")
     adapter = model.checkpoint.adapter
-    local = base.model.source == "local" and adapter is None
-    id_ = adapter.id if adapter else base.model.id
+    named = parse_name(name)
     return Card(
-        id=os.path.basename(os.path.abspath(id_)) if local else id_,
-        on_hub=not local,
+        id=folder_name(named.path) if isinstance(named, LocalPath) else adapter.id if adapter else base.model.id,
+        on_hub=not isinstance(named, LocalPath),
         parameters=base.model.parameters,
         active_parameters=base.model.active_parameters,
         cached=base.request.phase == "generate",
         contexts=columns,
         limit=limit,
-        longest=limit or UNLIMITED,
+        longest=longest,
         memory=tuple(rows),
-        holds=tuple(_holds(model, rows, columns, limit or UNLIMITED)),
+        holds=tuple(_holds(model, rows, columns, longest)),
         exactly=model.architecture.closed_form,
         training=tuple(_trainings(model, min(TRAINED, limit or TRAINED))),
         trained_ctx=min(TRAINED, limit or TRAINED),
@@ -129,6 +132,12 @@ def card(name: str, *, token: str | None = None, offline: bool = False) -> Card:
         notes=tuple(notes),
         warnings=base.warnings,
     )
+
+
+def folder_name(path: str) -> str:
+    """The name of a model's folder, without where on this machine it is."""
+    whole = os.path.abspath(path)
+    return os.path.basename(os.path.dirname(whole) if os.path.isfile(whole) else whole) or "model"
 
 
 def contexts(limit: int | None) -> tuple[int, ...]:

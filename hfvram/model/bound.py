@@ -95,7 +95,7 @@ def by_its_code(checkpoint: Checkpoint, unknown: HfvramError) -> Architecture:
         main="text",
         vocab_size=int(getattr(text, "vocab_size", 0) or 0),
         hidden_size=stack.hidden_size,
-        max_positions=getattr(text, "max_position_embeddings", None),
+        max_positions=_limit(getattr(text, "max_position_embeddings", None)),
         dtype=dtype,
         tied_head=generates,
         quantization=method(checkpoint.config)[0],
@@ -152,3 +152,8 @@ def _tensors(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[tuple[Par
     except HfvramError:
         return (), "weights like those of Llama with these sizes"
     return meta.params(model), "weights by its own code on the meta device"
+
+
+def _limit(positions: object) -> int | None:
+    """A number of positions; XLNet says −1 for as many as one likes."""
+    return positions if isinstance(positions, int) and positions > 0 else None

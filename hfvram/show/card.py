@@ -33,10 +33,11 @@ def _holds(card: Card) -> list[str]:
         largest = card.holds[-1]
         return [f"No single GPU up to {largest.gpu} ({size(largest.memory_bytes)}) holds it."]
     words = "Longest sequence that fits" if card.exactly else "Longest sequence of these that fits"
-    limit = f"the model is made for up to {card.limit:,}" if card.limit else f"up to {card.longest:,} were tried"
+    most = f"up to {card.longest:,} tokens"
+    limit = f"the model is made for {most}" if card.limit else f"{most} were tried"
     rows = [(_gpus(h), _capacity(h), *map(_tokens, h.contexts)) for h in card.holds]
     heading = ("GPU", "its memory", *(m.numbers for m in card.memory))
-    return [f"{words} ({limit} tokens):", table(heading, rows, "<>" + ">" * len(card.memory))]
+    return [f"{words} ({limit}):", table(heading, rows, "<>" + ">" * len(card.memory))]
 
 
 def _gpus(h: Holds) -> str:
@@ -69,7 +70,7 @@ def _runs_on(t: Training) -> str:
 
 
 def _how(card: Card) -> list[str]:
-    modelled = " and ".join(f"{name} {version}" for name, version in card.versions.items() if name != "hfvram")
+    modelled = " and ".join(f"{name} {v.partition('+')[0]}" for name, v in card.versions.items() if name != "hfvram")
     way = "by formula, " if card.method == "formula" else "by the model's own code on the meta device, "
     example = _command(card, f"--ctx {card.contexts[-1]} --explain")
     said = (
