@@ -96,7 +96,10 @@ def test_what_can_not_be_split_says_what_can(config: dict[str, Any], tp: int, me
 @pytest.mark.parametrize(
     "options",
     [
-        {"mode": "lora"},
+        {"mode": "lora", "sp": True},
+        {"mode": "lora", "fsdp": "full_shard", "gpus": 4},
+        {"mode": "lora", "gpus": 4},
+        {"mode": "qlora", "quant": "nf4"},
         {"quant": "nf4", "mode": "inference"},
         {"mode": "train", "zero": 1, "gpus": 4},
         {"mode": "train", "gpus": 4},
@@ -151,6 +154,53 @@ def test_as_transformers_own_code(name: str, options: dict[str, Any]) -> None:
         assert getattr(formula, fact) == getattr(exact, fact)
 
 
+def test_adapters_of_two_ranks() -> None:
+    """r 4: A whole and B by its outputs around columns, A by its inputs and B whole around rows; in fp32."""
+    (found,) = shares(infer(LLAMA), Request.from_dict({**ADAPTERS, "lora_targets": "all-linear"}))
+    columns = 4 * (64 + 32) + 2 * 4 * (64 + 16) + 2 * 4 * (64 + 48)  # q; k and v; gate and up
+    rows = 4 * (32 + 64) + 4 * (48 + 64)  # o; down
+    assert found.timeline.gradients_bytes == 2 * (columns + rows) * 4
+    whole = 4 * (64 + 64) + 2 * 4 * (64 + 32) + 2 * 4 * (64 + 96) + 4 * (64 + 64) + 4 * (96 + 64)
+    assert found.timeline.trainable_parameters == 2 * whole
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("olmo2", {}, "PEFT splits no adapter around self_attn.q_proj.weight, which --tp gathers"),
+        ("gpt2", {}, "for which transformers has no plan"),
+        ("llama", {"lora_targets": "lm_head"}, "PEFT splits no adapter around lm_head.weight"),
+    ],
+)
+def test_adapters_that_are_not_split(name: str, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(HfvramError, match=words) as caught:
+        shares(infer(MODELS[name]), Request.from_dict(ADAPTERS | options))
+    assert caught.value.kind == "usage"
+
+
+ADAPTERS: dict[str, Any] = {"mode": "lora", "lora_r": 4, "tp": 2, "ctx": 32, "dtype": "bf16", "quant": "none"}
+ADAPTED: list[dict[str, Any]] = [{"batch": 2}, {"lora_targets": ["q_proj", "o_proj"], "grad_accum": 2}]
+ADAPTED += [{"gradient_checkpointing": True, "lora_dropout": 0.1, "ctx": 128}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "llama, all heads", "qwen3", "starcoder2", "gemma2", "cohere"])
+@pytest.mark.parametrize("options", ADAPTED, ids=str)
+def test_adapters_as_pefts_own_code(name: str, options: dict[str, Any]) -> None:
+    pytest.importorskip("peft")
+    from hfvram.memory.exact.simulate import simulate
+
+    asked = Request.from_dict(ADAPTERS | {"method": "simulate", "gpus": 2} | options)
+    exact = simulate(EXACT[name], None, asked)
+    formula = formed(EXACT[name], 2, mode="lora", lora_r=4, **options)
+    assert sorted(sequence(formula)) == sorted(sequence(exact))
+    assert formula.fullest_bytes() == pytest.approx(exact.fullest_bytes(), abs=256)
+    for fact in ("gradients_bytes", "optimizer_bytes"):
+        assert getattr(formula, fact) == getattr(exact, fact)
+    (found,) = shares(infer(EXACT[name]), asked.with_(method="formula"))
+    assert found.timeline.trainable_parameters == exact.trainable_parameters
+
+
 def test_a_mixtral_on_two_ranks() -> None:
     """4 experts of h 64 and f 96: each rank has all of them, half as wide, and the whole router."""
     part = part_of(infer(MIXTURES["mixtral"]), 2).text.layers[0].feed_forward
@@ -188,12 +238,15 @@ def test_mixtures_as_transformers_own_code(name: str, options: dict[str, Any]) -
         assert getattr(formula, fact) == getattr(exact, fact)
 
 
+LORA: dict[str, Any] = {"mode": "lora", "gradient_checkpointing": True}
 AUTOCAST: dict[str, Any] = {"mixed_precision": "bf16", "dtype": "fp32"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "starcoder2"])
-@pytest.mark.parametrize("options", [AUTOCAST, AUTOCAST | {"gradient_checkpointing": True}, {"grad_accum": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [AUTOCAST, AUTOCAST | {"gradient_checkpointing": True}, {"grad_accum": 2}, LORA], ids=str
+)
 def test_peaks_as_transformers_own_code(name: str, options: dict[str, Any]) -> None:
     """Under autocast some casts come in another order; the peak is the same."""
     pytest.importorskip("torch")

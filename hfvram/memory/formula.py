@@ -42,7 +42,16 @@ def shares(architecture: Architecture, request: Request) -> tuple[Share, ...]:
     found = timeline(part, request)
     if mesh.model > 1 and request.mode == "train":
         found.trainable_parameters = architecture.parameters
+    elif mesh.model > 1 and request.mode != "inference":
+        found.trainable_parameters = adapters_parameters(architecture, request)
     return (Share("all", mesh.gpus, found),)
+
+
+def adapters_parameters(architecture: Architecture, request: Request) -> int:
+    """Of the whole model's adapters, of which each rank may have a part."""
+    from hfvram.memory.training.adapters import Training
+
+    return sum(param.numel for param in Training(architecture, request).params)
 
 
 def _parts_of_sequence(architecture: Architecture, part: Architecture, request: Request, gpus: int) -> Iterator[Share]:

@@ -98,12 +98,15 @@ def check_modes(architecture: Architecture, request: Request) -> None:
     quant = architecture.quantization if request.quant == "auto" else request.quant
     if quant not in (None, "none"):
         raise HfvramError("usage", f"--tp can't split weights of --quant {quant}: valid is --quant none")
-    if request.mode not in ("train", "inference"):
-        raise unknown(f"--mode {request.mode}")
+    adapts = request.mode == "lora" and not request.sp
+    if request.mode not in ("train", "inference") and (not adapts or architecture.moe or request.fsdp):
+        raise unknown(f"--mode {request.mode} of {architecture.class_name} with --sp, --fsdp or experts")
+    if adapts and architecture.model_type in NO_PLAN:
+        raise unknown(f"--mode lora of {architecture.class_name}, for which transformers has no plan,")
     if request.zero:
         raise unknown(f"--zero {request.zero}")
     mesh = mesh_of(request)
-    if mesh.data * mesh.cp > 1 and request.mode == "train" and not request.fsdp:
+    if mesh.data * mesh.cp > 1 and request.mode != "inference" and not request.fsdp:
         raise HfvramError(
             "usage", "--tp with more --gpus or --cp trains with --fsdp: DistributedDataParallel can't hold it"
         )

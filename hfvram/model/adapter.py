@@ -150,7 +150,8 @@ def _targets(config: Config, architecture: Architecture) -> Callable[[Param, str
         excluded = _listed(config.strings("exclude_modules") or [], None)
 
     def wanted(param: Param, module: str) -> bool:
-        linear = param.kind in ALL_LINEAR or (param.kind == "head" and param.shape[0] != architecture.vocab_size)
+        scores = param.kind == "head" and param.split is None and param.shape[0] != architecture.vocab_size
+        linear = param.kind in ALL_LINEAR or scores
         found = included(module) if included else linear
         return found and not (left_out and excluded(module))
 

@@ -136,6 +136,11 @@ class Training:
             return
         if dora and (param.kind not in ("linear", "linear_subclass", "head") or self.packs(param)):
             raise unknown(f"--dora around {param.name}{' in ' + self.quant if self.packs(param) else ''}")
+        if param.split and param.split.how not in ("columns", "rows"):
+            raise HfvramError(
+                "usage",
+                f"--lora-targets: PEFT splits no adapter around {param.name}, which --tp gathers: valid is --tp 1",
+            )
         if param.kind not in ("linear", "linear_subclass", "head"):
             raise HfvramError(
                 "usage", f"--lora-targets: LoRA around {param.name} has no formula yet: --method simulate"

@@ -17,7 +17,7 @@ from hfvram.memory.training.packed import product as packed_product
 from hfvram.memory.training.tape import Parameter, Tape
 from hfvram.memory.training.tensors import Storage, Tensor, contiguous
 from hfvram.model.architecture import Architecture, Stack
-from hfvram.model.layers import Layer, Param
+from hfvram.model.layers import Layer, Param, Split
 
 PEFT = "PEFT 0.21: tuners/lora/layer.py Linear.forward"
 LORA_IN = Tag("LoRA, inputs in the adapter's dtype", "activations", "", PEFT)
@@ -81,12 +81,19 @@ def project(
         weight = op.transpose(t, leaf.tensor, 0, 1) if transposed else leaf.tensor
         result = dora(t, x, result, weight, (a, b, magnitude[0]), bias, p)
     else:
-        result = op.add(t, result, op.scale(t, _low_rank(t, x, a, b, p), LORA_OUT), LORA_OUT)
+        split = leaf.param.split
+        result = op.add(t, result, op.scale(t, _low_rank(t, x, a, b, p, split), LORA_OUT), LORA_OUT)
     return op.to(t, result, dtype, tag)
 
 
-def _low_rank(t: Tape, x: Tensor, a: Tensor, b: Tensor, p: float) -> Tensor:
-    return op.linear(t, op.linear(t, op.dropout(t, x, p, LORA_IN), a, None, LORA_INNER), b, None, LORA_OUT)
+def _low_rank(t: Tape, x: Tensor, a: Tensor, b: Tensor, p: float, split: Split | None) -> Tensor:
+    """B(A(dropout(x))): over tensor parallel ranks A has the rows of a layer of rows, B the columns of one of columns.
+
+    Source: PEFT 0.21, tuners/lora/model.py `add_lora_tp_hooks_dtensor`.
+    """
+    rows, columns = (split if split and split.how == how else None for how in ("rows", "columns"))
+    inner = product(t, op.linear, op.dropout(t, x, p, LORA_IN), a, None, rows, LORA_INNER)
+    return product(t, op.linear, inner, b, None, columns, LORA_OUT)
 
 
 def _base(t: Tape, x: Tensor, leaf: Leaf, bias: Tensor | None, tag: Tag | None, transposed: bool) -> Tensor:
