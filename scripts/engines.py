@@ -102,7 +102,8 @@ def cut(config: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict):
             value = cut(value)
         elif isinstance(value, list) and depth and len(value) == depth:
-            others = [kind for kind in value if isinstance(kind, str) and kind not in value[:DEPTH]]
+            alike = all(kind == value[0] for kind in value[:DEPTH])
+            others = [kind for kind in value if isinstance(kind, str) and kind != value[0]] if alike else []
             value = [*value[: DEPTH - 1], others[0]] if others else value[:DEPTH]
         elif key == "attn_layer_period":  # Jamba's: one attention among the layers that are left
             value, out["attn_layer_offset"] = DEPTH, DEPTH - 1
