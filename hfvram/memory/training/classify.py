@@ -23,8 +23,26 @@ LOGITS = Tag("logits", "activations", "b·s·labels·e", GENERIC)
 PLACES = Tag("places of last tokens", "activations", "b·s·4", GENERIC)
 POOLED = Tag("first token of each sequence", "activations", "b·h·e", "transformers 5.17: BertPooler.forward")
 LOSS = Tag("loss", "activations", "b·labels·4", "transformers 5.17: ForSequenceClassificationLoss")
+LAST: Final = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "starcoder2", "smollm3"),
+    *(
+        "olmo",
+        "olmo2",
+        "olmo3",
+        "glm",
+        "glm4",
+        "exaone4",
+        "helium",
+        "hunyuan_v1_dense",
+        "nemotron",
+        "stablelm",
+        "arcee",
+    ),
+    *("ministral", "ministral3", "opt", "bloom", "gpt_bigcode", "gpt_neox"),
+    *("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3"),
+)
 TYPES: Final = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "mixtral"), "last token"),
+    **dict.fromkeys(LAST, "last token"),
     "bert": "pooler",
     **dict.fromkeys(("roberta", "xlm-roberta", "camembert"), "tanh"),
     "electra": "gelu",
