@@ -141,6 +141,9 @@ def test_what_an_answer_leaves_out_is_said() -> None:
     assert "the prompt is text alone" in said(picture)
     assert "experts that are one tensor stay in" in said(mixture, quant="nf4")
     assert "which QLoRA casts to fp32" in said(mixture, mode="qlora")
+    net = {"model_type": "qwen3_5_text", "num_hidden_layers": 2}
+    assert "without flash-linear-attention" in said(net, mode="train")
+    assert "flash-linear-attention" not in said(net) + said(net, mode="train", kernels="fallback")
     sharded = {"mode": "train", "fsdp": "full_shard", "gpus": 8, "mixed_precision": "bf16", "method": "simulate"}
     assert "accelerate makes them fp32" in said(dense, **sharded)
     assert "accelerate" not in said(dense, **sharded, dtype="fp32")

@@ -14,7 +14,7 @@ from hfvram.memory.tensor_parallel import NO_PLAN
 from hfvram.memory.training.deepspeed import buckets
 from hfvram.model.adapter import defaults
 from hfvram.model.architecture import Architecture
-from hfvram.model.layers import Attention
+from hfvram.model.layers import Attention, GatedDeltaNet
 from hfvram.request import CHOICES, Request
 from hfvram.units import gib
 
@@ -32,6 +32,10 @@ OFFLOADED = "what is offloaded comes for its own moment alone: nothing is fetche
 RING = (
     "--cp as PyTorch's context_parallel and accelerate run it: ring attention by all-gather, each rank with two pieces "
     "of --ctx tokens; derived from their code, not measured"
+)
+DELTA_RULE = (
+    "the gated delta rule trains as transformers computes it without flash-linear-attention: what that package's "
+    "kernels keep for a backward pass is not known"
 )
 SEQUENCE_KEPT = (
     "--sp as PyTorch's DTensor runs it: what attention and MLP gather stays for the backward pass, "
@@ -75,6 +79,9 @@ def resolve(architecture: Architecture, request: Request) -> tuple[Request, list
         warnings.append(_derived(capability, dtype))
     if request.expandable_segments:
         warnings.append("expandable segments as PyTorch's source has them, not measured")
+    nets = (isinstance(m, GatedDeltaNet) for x in architecture.text.layers for m in x.mixers)
+    if request.mode != "inference" and request.kernels == "fused" and any(nets):
+        warnings.append(DELTA_RULE)
     if request.mode == "inference" and (request.offload or request.resident_experts):
         offload.check(architecture, request)
         warnings.append(OFFLOADED)
