@@ -52,3 +52,10 @@ def test_zero_is_for_training() -> None:
     with pytest.raises(HfvramError, match="--mode inference has no use for it"):
         check(Request(zero=3))
     check(Request(zero=0))
+
+
+def test_chunks_and_shared_sequences_are_for_training() -> None:
+    with pytest.raises(HfvramError, match="--pp-chunks is for training"):
+        check(Request(pp_chunks=2))
+    with pytest.raises(HfvramError, match="valid for --mode inference is --cp 1"):
+        check(Request(cp=2))

@@ -20,6 +20,8 @@ def check_splits(request: Request) -> None:
                 f"--cp {request.cp} shares the sequence of a training step, and keeps no cache to generate from: "
                 "valid for --mode inference is --cp 1, where --tp shares the heads and their cache"
             )
+        if request.pp_chunks > 1:
+            raise _usage("--pp-chunks is for training, --mode inference has no use for it")
         if zero or request.zero_bucket:
             raise _usage("--zero is for training, --mode inference has no use for it")
         return

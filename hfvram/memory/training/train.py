@@ -319,6 +319,7 @@ def _steps(
             run = runs[chunk]
             parts.last = batch == order[-1][1]
             if forward:
+                began = len(t.events) if flying else 0
                 tape.mark("forward")
                 held = _receive(tape, run, ids, request)
                 parts.enter_model()
@@ -330,7 +331,7 @@ def _steps(
                 root = out if scale is None or not run.stage.last else op.mul(tape, out, scale, SCALE)
                 tape.autocast = None
                 tape.casts.clear()
-                _label(t, t.live(len(t.events)), "saved activations")
+                _label(t, _alive(t, began), "saved activations")
                 flying[batch, chunk] = root, held
                 del out, held, root
                 continue
@@ -372,6 +373,17 @@ def _forward(tape: Tape, run: Run, ids: Tensor, request: Request, *received: Ten
     if not stage.last and out.dtype != ("fp32" if layers[0][0].residual_fp32 else request.dtype):
         raise unknown(f"--pp of {architecture.class_name}, whose hidden states are in another dtype")
     return out, held
+
+
+def _alive(t: Timeline, since: int) -> Iterable[int]:
+    """What was made since then and still stands."""
+    found = dict[int, None]()
+    for event in t.events[since:]:
+        if event >= 0:
+            found[event] = None
+        else:
+            found.pop(~event, None)
+    return found
 
 
 def _label(t: Timeline, handles: Iterable[int], what: str) -> None:
