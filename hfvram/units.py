@@ -7,7 +7,7 @@ MiB = 1 << 20
 GiB = 1 << 30
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|[KMGT]i?B)", re.IGNORECASE)
-_TOKENS = re.compile(r"(\d+(?:\.\d+)?)\s*([km]?)", re.IGNORECASE)
+_TOKENS = re.compile(r"(-?\d+(?:\.\d+)?)\s*([km]?)", re.IGNORECASE)
 _POWER = {"k": 1, "m": 2, "g": 3, "t": 4}
 
 
@@ -25,10 +25,10 @@ def parse_bytes(text: str) -> int | None:
 
 
 def parse_tokens(text: str) -> int | None:
-    """Tokens, where `k` is 1024 and `m` is 1024²; None where the text is no number of tokens.
+    """Tokens, where `k` is 1024 and `m` is 1024²; None where the text is no number of tokens. One below 0 is a number.
 
-    >>> parse_tokens("8k"), parse_tokens("8192"), parse_tokens("0.5k"), parse_tokens("eight")
-    (8192, 8192, 512, None)
+    >>> parse_tokens("8k"), parse_tokens("8192"), parse_tokens("0.5k"), parse_tokens("-1"), parse_tokens("eight")
+    (8192, 8192, 512, -1, None)
     """
     if not (m := _TOKENS.fullmatch(text.strip())):
         return None
