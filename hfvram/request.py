@@ -203,7 +203,7 @@ def lengths(text: str) -> list[tuple[int, int]]:
     for part in text.split(","):
         count, x, tokens = part.strip().partition("x")
         each = parse_tokens(tokens)
-        if not (x and count.isascii() and count.isdigit() and each and 1 <= int(count) <= 10**6 and each <= 10**9):
+        if not (x and count.isascii() and count.isdigit() and each and 1 <= int(count) <= 10**6 and 0 < each <= 10**9):
             shown = printable(part.strip(), 40)
             raise HfvramError("usage", f"--requests {shown!r} is not count × tokens, as in 512x2048,16x32768")
         found.append((int(count), each))

@@ -86,6 +86,7 @@ def test_requests_of_different_lengths_take_whole_blocks() -> None:
     assert sglang.serving is not None
     assert sglang.serving.waste_bytes == 0
     assert "tokens" in refusal(requests="2x17", ctx=16)
+    assert "count × tokens" in refusal(requests="2x-17")
 
 
 def test_what_does_not_fit_has_ways_in_the_engines_own_flags() -> None:
