@@ -19,6 +19,8 @@ THREE = HEADS | {"rope_parameters": {"rope_type": "default", "mrope_section": [2
 SEEING: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 SEEING |= {"image_size": 28, "patch_size": 14}
 TOWER: dict[str, Any] = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "out_hidden_size": 64}
+IN_ANY_ORDER = ("gemma3",)
+"""Types whose rotary angles transformers 5.17 makes in the order of a set, which is another in every process."""
 MODELS: dict[str, dict[str, Any]] = {
     "cohere": SMALL,
     "cohere, normed heads": SMALL | {"use_qk_norm": True},
@@ -99,7 +101,8 @@ def test_event_by_event_as_the_models_own_code(name: str, options: dict[str, Any
         pytest.skip("which layers of a tower are recomputed has no formula")
     exact = simulate(config_of(name), None, request(method="simulate", **options))
     formula = timeline(infer(config_of(name)), request(**options), on_meta=True)
-    assert sequence(formula) == sequence(exact)
+    order = sorted if name in IN_ANY_ORDER else list
+    assert order(sequence(formula)) == order(sequence(exact))
     for fact in ("gradients_bytes", "optimizer_bytes", "trainable_parameters"):
         assert getattr(formula, fact) == getattr(exact, fact)
 

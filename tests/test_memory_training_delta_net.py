@@ -61,5 +61,5 @@ def test_what_a_chunk_keeps_grows_with_tokens_alone() -> None:
 
 
 def test_what_has_no_formula_is_said() -> None:
-    with pytest.raises(HfvramError, match="padding, flash attention or FSDP of Qwen3_5ForCausalLM has no formula"):
+    with pytest.raises(HfvramError, match="padding or flash attention of Qwen3_5ForCausalLM has no formula"):
         formed(MODELS["qwen3_5"], padding=True)

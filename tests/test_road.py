@@ -19,7 +19,7 @@ from hfvram.answer.question import Session
 from hfvram.answer.supported import SUPPORTED
 from hfvram.errors import HfvramError
 from hfvram.memory.bitsandbytes import ON_LOADING
-from hfvram.request import CHOICES, Request
+from hfvram.request import CHOICES, GGUF_CACHES, GGUF_QUANTS, Request
 from hfvram.show.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -172,9 +172,9 @@ def unsupported() -> list[tuple[str, object]]:
     refused += [
         ("quant", word)
         for word in CHOICES["quant"]
-        if word not in ("auto", "none", *ON_LOADING, "fp8", "gptq-4", "awq-4")
+        if word not in ("auto", "none", *ON_LOADING, "fp8", "gptq-4", "awq-4", *GGUF_QUANTS)
     ]
-    refused += [("kv_dtype", word) for word in CHOICES["kv_dtype"] if word != "auto"]
+    refused += [("kv_dtype", word) for word in CHOICES["kv_dtype"] if word not in ("auto", *GGUF_CACHES)]
     refused += [("gradient_checkpointing", True), ("mixed_precision", "bf16"), ("grad_accum", 2)]
     return [*refused, ("optimizer", "lion"), ("lora_r", 8), ("lora_targets", ["q_proj"]), ("lora_dropout", 0.1)]
 
@@ -193,7 +193,7 @@ def test_what_is_not_supported_is_a_usage_error(name: str, value: Any, capsys: p
 
 
 def test_the_list_of_what_is_not_supported_is_not_empty() -> None:
-    assert {"llama.cpp", "paged", "fp8"} <= {str(v) for _, v in unsupported()}
+    assert {"mxfp4", "fp8", "lion"} <= {str(v) for _, v in unsupported()}
 
 
 # --- every model of the catalogue

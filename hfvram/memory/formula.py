@@ -171,6 +171,7 @@ def _run(t: Timeline, architecture: Architecture, f: Forward, request: Request) 
     if request.phase == "encode":
         road.encode(t, architecture, f)
     elif request.phase == "prefill" or not new:
-        road.prefill(t, architecture, f)
+        keeps = request.phase == "prefill" or architecture.generates_cache
+        road.prefill(t, architecture, replace(f, use_cache=keeps))
     else:
         road.generate(t, architecture, f, new)
