@@ -49,6 +49,7 @@ def test_sglang(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["weights"]["estimated"]
 
 
+@pytest.mark.slow
 def test_out_of_memory(capsys: pytest.CaptureFixture[str]) -> None:
     args = ["Qwen/Qwen3-8B", "--mode", "lora", "--ctx", "8k", "--batch", "4", "--method", "formula"]
     found = told(capsys, "--read-log", str(LOGS / "out-of-memory.txt"), *args)

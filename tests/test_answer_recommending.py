@@ -16,6 +16,7 @@ def options(r: Recommended) -> dict[str, object]:
     return {name.removeprefix("--").replace("-", "_"): value for name, value in pairs}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "asked"),
     [

@@ -419,6 +419,7 @@ def test_a_nested_type_of_mllama_that_is_none() -> None:
     assert asked(changed(config, ("text_config", "model_type"), "martian")) in ALLOWED
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from(FACTS), st.data(), requests)
 def test_real_configurations_with_anything_put_in(fact: dict[str, Any], data: st.DataObject, request: Request) -> None:

@@ -54,6 +54,7 @@ def test_the_first_command_prints_what_readme_shows(tmp_path: Path) -> None:
     hold(f"```text\n{blocks('text')[0]}```", f"```text\n{run(command, tmp_path)}```")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(blocks("console"))))
 def test_other_commands_print_what_readme_shows(number: int, tmp_path: Path) -> None:
     block = blocks("console")[number]
