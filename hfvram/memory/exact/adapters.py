@@ -28,50 +28,71 @@ def adapt(run: Run, model: Any, request: Request) -> Any:
     of a model in half precision are kept in fp32 (`autocast_adapter_dtype`) unless another dtype is asked for. Under
     FSDP nothing is cast, since that would cast packed weights too; TRL's adapters are then of `--adapter-dtype bf16`.
     """
+    peft = package()
+    packed = request.mode == "qlora" and request.fsdp is None
+    with run.tracker, run.tracker.making("weights"), torch.device("meta"), warnings.catch_warnings(action="ignore"):
+        if packed:
+            model.is_loaded_in_4bit = True
+        model = prepared(peft, model, request)
+        if packed:
+            name_tensors(run.tracker, model)
+        adapted = wrapped(peft, model, request)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad and (handle := run.tracker.add(parameter)) is not None:
+            run.timeline.tags[handle] = Tag("LoRA adapters", "weights", "", "PEFT's own code", "exact")
+    return adapted
+
+
+def package() -> Any:
+    """PEFT. Raises `missing_extra`."""
     try:
         import peft
     except ImportError as error:
         raise HfvramError("missing_extra", "LoRA needs peft: pip install 'hfvram[exact]'") from error
-    with run.tracker, run.tracker.making("weights"), torch.device("meta"), warnings.catch_warnings(action="ignore"):
-        if request.mode == "qlora" and request.fsdp is None:
-            model.is_loaded_in_4bit = True
-            model = peft.prepare_model_for_kbit_training(
-                model,
-                use_gradient_checkpointing=request.gradient_checkpointing,
-                gradient_checkpointing_kwargs={"use_reentrant": False},  # as transformers has it
-            )
-            if request.gradient_checkpointing:  # as Trainer does, once the model is prepared
-                model.gradient_checkpointing_enable(every_n_layers=request.checkpoint_every)
-            name_tensors(run.tracker, model)
-        elif request.gradient_checkpointing:
-            model.enable_input_require_grads()
-        config = peft.LoraConfig(
-            r=request.lora_r,
-            lora_alpha=ALPHA,
-            lora_dropout=request.lora_dropout,
-            target_modules=targets(request.lora_targets),
-            task_type=task(model),
-            use_rslora=request.rslora,
-            use_dora=request.dora,
-            modules_to_save=list(request.modules_to_save) or None,
+    return peft
+
+
+def prepared(peft: Any, model: Any, request: Request) -> Any:
+    """The base model as Trainer hands it to PEFT: cast up where it is packed, its inputs with gradients otherwise."""
+    if request.mode == "qlora" and request.fsdp is None:
+        model = peft.prepare_model_for_kbit_training(
+            model,
+            use_gradient_checkpointing=request.gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},  # as transformers has it
         )
-        if request.modules_to_save:
-            found = dict(model.named_parameters(remove_duplicate=False))
-            means = saved(found, request.modules_to_save)
-            if packed := next((name for name in found if name in means and not found[name].is_floating_point()), None):
-                raise HfvramError("usage", f"--modules-to-save: {packed} is packed, and can't be trained")
-        wide = request.adapter_dtype == "fp32"
-        try:
-            adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=wide)
-        except ValueError as error:
-            raise HfvramError("usage", f"--lora-targets: {_reason(error)}{_valid(model, error)}") from error
-        if not wide:
-            for name, parameter in adapted.named_parameters():
-                if ".lora_" in name and parameter.requires_grad and parameter.dtype != DTYPES[request.adapter_dtype]:
-                    parameter.data = parameter.data.to(DTYPES[request.adapter_dtype])
-    for parameter in adapted.parameters():
-        if parameter.requires_grad and (handle := run.tracker.add(parameter)) is not None:
-            run.timeline.tags[handle] = Tag("LoRA adapters", "weights", "", "PEFT's own code", "exact")
+        if request.gradient_checkpointing:  # as Trainer does, once the model is prepared
+            model.gradient_checkpointing_enable(every_n_layers=request.checkpoint_every)
+    elif request.gradient_checkpointing:
+        model.enable_input_require_grads()
+    return model
+
+
+def wrapped(peft: Any, model: Any, request: Request) -> Any:
+    """A prepared model with its adapters, in the dtype that is asked for. Raises `usage`."""
+    config = peft.LoraConfig(
+        r=request.lora_r,
+        lora_alpha=ALPHA,
+        lora_dropout=request.lora_dropout,
+        target_modules=targets(request.lora_targets),
+        task_type=task(model),
+        use_rslora=request.rslora,
+        use_dora=request.dora,
+        modules_to_save=list(request.modules_to_save) or None,
+    )
+    if request.modules_to_save:
+        found = dict(model.named_parameters(remove_duplicate=False))
+        means = saved(found, request.modules_to_save)
+        if packed := next((name for name in found if name in means and not found[name].is_floating_point()), None):
+            raise HfvramError("usage", f"--modules-to-save: {packed} is packed, and can't be trained")
+    wide = request.adapter_dtype == "fp32"
+    try:
+        adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=wide)
+    except ValueError as error:
+        raise HfvramError("usage", f"--lora-targets: {_reason(error)}{_valid(model, error)}") from error
+    if not wide:
+        for name, parameter in adapted.named_parameters():
+            if ".lora_" in name and parameter.requires_grad and parameter.dtype != DTYPES[request.adapter_dtype]:
+                parameter.data = parameter.data.to(DTYPES[request.adapter_dtype])
     return adapted
 
 

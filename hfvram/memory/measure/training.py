@@ -9,7 +9,7 @@ import torch
 
 from hfvram.errors import HfvramError
 from hfvram.memory import bitsandbytes
-from hfvram.memory.exact.adapters import ALPHA, targets, task
+from hfvram.memory.exact.adapters import package, prepared, wrapped
 from hfvram.memory.exact.optimizers import optimizer, states
 from hfvram.memory.exact.training import STEPS, linear, loss_of
 from hfvram.memory.measure.build import DTYPES, clean
@@ -41,49 +41,15 @@ def prepare(model: Any, request: Request, device: str) -> Any:
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
     if request.mode in ("lora", "qlora"):
-        model = _adapt(model, request)
+        peft = package()
+        with warnings.catch_warnings(action="ignore"):
+            model = wrapped(peft, prepared(peft, model, request), request)
     elif request.freeze:
         means = frozen((name for name, _ in model.named_parameters()), request.freeze)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in means)
     clean(device)
     return model
-
-
-def _adapt(model: Any, request: Request) -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise HfvramError("missing_extra", "LoRA needs peft: pip install 'hfvram[exact]'") from error
-    with warnings.catch_warnings(action="ignore"):
-        if request.mode == "qlora":
-            model = peft.prepare_model_for_kbit_training(
-                model,
-                use_gradient_checkpointing=request.gradient_checkpointing,
-                gradient_checkpointing_kwargs={"use_reentrant": False},
-            )
-        elif request.gradient_checkpointing:
-            model.enable_input_require_grads()
-        config = peft.LoraConfig(
-            r=request.lora_r,
-            lora_alpha=ALPHA,
-            lora_dropout=request.lora_dropout,
-            target_modules=targets(request.lora_targets),
-            task_type=task(model),
-            use_rslora=request.rslora,
-            use_dora=request.dora,
-            modules_to_save=list(request.modules_to_save) or None,
-        )
-        wide = request.adapter_dtype == "fp32"
-        try:
-            adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=wide)
-        except ValueError as error:
-            raise HfvramError("usage", f"--lora-targets: {' '.join(str(error).split())[:200]}") from error
-    if not wide:
-        for name, parameter in adapted.named_parameters():
-            if ".lora_" in name and parameter.requires_grad:
-                parameter.data = parameter.data.to(DTYPES[request.adapter_dtype])
-    return adapted
 
 
 def real_optimizer(request: Request, parameters: list[Any], model: Any) -> Any:
