@@ -6,6 +6,7 @@ Source: Axolotl at 067b021c, utils/schemas/{config,model,peft,training,fsdp}.py,
 
 from typing import Any, Final
 
+from hfvram.read import deepspeed_file
 from hfvram.read.fsdp_keys import fsdp
 from hfvram.read.training_arguments import quantized
 from hfvram.read.training_keys import Keys, names, optimizer
@@ -167,26 +168,14 @@ def _sharding(keys: Keys) -> None:
             total *= part or 1
         keys.put(gpus=total)
     keys.put(gpus=world)
-    nested: Any = keys.raw("deepspeed")
     words = keys.words("fsdp") or ()
     version = keys.number("fsdp_version")
     section = keys.section("fsdp_config")
     sharded = bool(words or section)
-    if nested and sharded:
+    if keys.raw("deepspeed") and sharded:
         keys.notes.append(f"{keys.file} contradicts itself: deepspeed and fsdp; deepspeed is taken")
-    if isinstance(nested, dict):
-        from hfvram.read import deepspeed_file
-
-        inner, outer = keys.section("deepspeed"), dict(keys.options)
-        assert inner is not None
-        deepspeed_file.read(inner)
-        keys.options |= {k: v for k, v in outer.items() if k != "offload"}
-        keys.total_batch = inner.total_batch
-    elif isinstance(nested, str):
-        keys.deepspeed = nested
-    elif nested is not None and nested is not False:
-        raise keys.wrong("deepspeed", nested, "a path or a mapping")
-    elif sharded:
+    nested = deepspeed_file.nested(keys)
+    if (nested is None or nested is False) and sharded:
         fsdp(section or Keys(keys.file, {}, options=keys.options, notes=keys.notes), version, words)
         if (replicas or 1) > 1:
             keys.put(fsdp="hybrid_shard")

@@ -3,7 +3,7 @@
 Source: DeepSpeed 0.19, runtime/zero/config.py, runtime/config.py; transformers 5.17, integrations/deepspeed.py.
 """
 
-from typing import Final
+from typing import Any, Final
 
 from hfvram.read.training_keys import Keys
 
@@ -31,6 +31,24 @@ BUCKETS: Final = (
 ZERO_UNCOUNTED: Final = (
     "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients", "mics_shard_size", "zenflow",
 )  # fmt: skip
+
+
+def nested(keys: Keys) -> Any:
+    """What a trainer's file has for `deepspeed`: a mapping is read, of which the trainer's own options win; a path is
+    kept to be read later. Raises `usage` for anything else.
+    """
+    value = keys.raw("deepspeed")
+    if isinstance(value, dict):
+        inner, outer = keys.section("deepspeed"), dict(keys.options)
+        assert inner is not None
+        read(inner)
+        keys.options |= {k: v for k, v in outer.items() if k != "offload"}
+        keys.total_batch = inner.total_batch
+    elif isinstance(value, str):
+        keys.deepspeed = value
+    elif value is not None and value is not False:
+        raise keys.wrong("deepspeed", value, "a path or a mapping")
+    return value
 
 
 def read(keys: Keys) -> None:

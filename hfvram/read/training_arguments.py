@@ -5,6 +5,7 @@ Source: transformers 5.17, training_args.py; TRL 1.10, trainer/base_config.py, m
 
 from typing import Any, Final
 
+from hfvram.read import deepspeed_file
 from hfvram.read.fsdp_keys import fsdp
 from hfvram.read.training_keys import Keys, names, optimizer, precision
 
@@ -96,20 +97,7 @@ def trainer(keys: Keys, trl: bool) -> None:
         if inside.flag("offload") and keys.options.get("gradient_checkpointing"):
             keys.offload("activations")
         inside.finish(("use_reentrant", "preserve_rng_state", "determinism_check", "debug"))
-    nested = keys.raw("deepspeed")
-    if isinstance(nested, dict):
-        from hfvram.read import deepspeed_file
-
-        inner = keys.section("deepspeed")
-        assert inner is not None
-        outer = dict(keys.options)
-        deepspeed_file.read(inner)
-        keys.options |= {k: v for k, v in outer.items() if k != "offload"}
-        keys.total_batch = inner.total_batch
-    elif isinstance(nested, str):
-        keys.deepspeed = nested
-    elif nested is not None and nested is not False:
-        raise keys.wrong("deepspeed", nested, "a path or a mapping")
+    deepspeed_file.nested(keys)
     _sharding(keys)
 
 
