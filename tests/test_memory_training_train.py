@@ -154,6 +154,19 @@ def sequence(t: Timeline) -> list[int]:
     return out
 
 
+def held(config: dict[str, Any], **options: Any) -> None:
+    """The formula's training of a configuration is event by event that of the model's own code, its sums alike."""
+    pytest.importorskip("torch")
+    from hfvram.memory.exact.simulate import simulate
+
+    request = {"mode": "train", "ctx": 32, "dtype": "bf16", "quant": "none", "method": "simulate"} | options
+    exact = simulate(config, None, Request.from_dict(request))
+    formula = formed(config, on_meta=True, **options)
+    assert sequence(formula) == sequence(exact)
+    for fact in ("gradients_bytes", "optimizer_bytes", "trainable_parameters"):
+        assert getattr(formula, fact) == getattr(exact, fact)
+
+
 OPTIONS: list[dict[str, Any]] = [
     {"batch": 2},
     {"gradient_checkpointing": True},
@@ -172,18 +185,9 @@ OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_event_by_event_as_the_models_own_code(name: str, options: dict[str, Any]) -> None:
-    pytest.importorskip("torch")
-    from hfvram.memory.exact.simulate import simulate
-
-    config = MODELS[name]
     if "flash" in options.get("attention", "") and name == "bloom":
         pytest.skip("BLOOM has eager attention alone")
-    request = {"mode": "train", "ctx": 32, "dtype": "bf16", "quant": "none", "method": "simulate"} | options
-    exact = simulate(config, None, Request.from_dict(request))
-    formula = formed(config, on_meta=True, **options)
-    assert sequence(formula) == sequence(exact)
-    for fact in ("gradients_bytes", "optimizer_bytes", "trainable_parameters"):
-        assert getattr(formula, fact) == getattr(exact, fact)
+    held(MODELS[name], **options)
 
 
 @pytest.mark.slow
