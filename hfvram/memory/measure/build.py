@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from hfvram.errors import HfvramError
+from hfvram.memory.exact.build import DTYPES
 from hfvram.model import meta
 from hfvram.request import Request
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PACKED = ("nf4", "fp4", "int8")
 
 

@@ -10,9 +10,10 @@ import torch
 from hfvram.errors import HfvramError
 from hfvram.memory import bitsandbytes
 from hfvram.memory.exact.adapters import package, prepared, wrapped
+from hfvram.memory.exact.build import DTYPES
 from hfvram.memory.exact.optimizers import optimizer, states
 from hfvram.memory.exact.training import STEPS, linear, loss_of
-from hfvram.memory.measure.build import DTYPES, clean
+from hfvram.memory.measure.build import clean
 from hfvram.memory.measure.inference import mask, tokens
 from hfvram.memory.measure.meter import Meter
 from hfvram.model.parts import frozen
